@@ -1,0 +1,1 @@
+"""Aether: the training stack for ⵟ networks."""
