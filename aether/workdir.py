@@ -1,0 +1,254 @@
+"""The run folder: a local one, or a remote one with a local mirror.
+
+Object stores cannot append, so a remote run (`gs://`, `s3://`) keeps everything but its checkpoints in a mirror
+under `$AETHER_CACHE`, and `Workdir.sync` uploads what changed. The remote is the truth: opening fetches it.
+"""
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aether.config import dumps
+from aether.errors import InputError, StorageError
+
+REASONS = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota reached",
+    errno.EIO: "input/output error",
+    errno.EROFS: "read-only file system",
+    errno.EACCES: "no permission",
+    errno.EPERM: "not permitted",
+}
+# Protocol -> the extra of this package that installs its fsspec driver.
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+CHECKPOINTS = "checkpoints"
+INDEX = ".index.json"  # in a mirror: name -> [version on the remote, size and time of the local file]
+# What tells versions of a remote object apart: the first of these that its file system reports.
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """Turn the `OSError`s of a full or broken disk into `StorageError`s that name `path` and the reason."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in REASONS:
+            raise
+        raise StorageError(
+            f"Cannot write {path}: {REASONS[e.errno]}. Free it up, then run the same command again."
+        ) from e
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file whole: after a crash there is the old content or the new one, never a part.
+
+    Raises:
+      StorageError: the disk is full or cannot be written; the old file is untouched.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with open(handle, "wb") as f:
+                os.fchmod(f.fileno(), 0o644)
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+class Workdir:
+    """Where a run keeps its files; `file(name)` is always a local path, `checkpoints` may be remote.
+
+    Attributes:
+      path: the folder as a string: absolute if local, else the remote address.
+      local: the folder itself, or the mirror of the remote one.
+      remote: whether it is a remote one.
+      primary: whether this process writes; others only read (and mirror apart from the writer).
+    """
+
+    def __init__(self, path: str, *, primary: bool = True) -> None:
+        if not path:
+            raise InputError("--workdir is empty; give a folder, or a gs:// or s3:// address.")
+        self.primary = primary
+        path = path.removeprefix("file://")
+        self.remote = "://" in path
+        self._lock = threading.Lock()
+        if self.remote:
+            self.path = path.rstrip("/")
+            self.local = _mirror(self.path, primary)
+            self._fs, self._root = _connect(self.path)
+            self._fetch()
+        else:
+            self.local = Path(os.path.abspath(os.path.expanduser(path)))
+            self.path = str(self.local)
+            _check_folder(self.local)
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of the checkpoints, remote if the run is."""
+        return f"{self.path}/{CHECKPOINTS}"
+
+    def exists(self, name: str = "config.json") -> bool:
+        """Say whether the run has this file; by default: whether there is a run at all."""
+        return (self.local / name).exists()
+
+    def file(self, name: str) -> Path:
+        """Return the local path of a file, its folder made if this process writes."""
+        path = self.local / name
+        if self.primary:
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file's content.
+
+        Raises:
+          InputError: there is no such file.
+          StorageError: it cannot be read, or is not JSON.
+        """
+        try:
+            return json.loads((self.local / name).read_text(encoding="utf-8"))
+        except FileNotFoundError as e:
+            raise InputError(f"{self.path} has no {name}; give the --workdir of a run that has started.") from e
+        except (OSError, ValueError) as e:
+            raise StorageError(f"Cannot read {self.local / name}: {e}") from e
+
+    def write_json(self, name: str, record: Any) -> None:
+        """Write a JSON file atomically (process 0 only)."""
+        if self.primary:
+            write_atomic(self.local / name, dumps(record).encode())
+
+    def sync(self, *names: str) -> None:
+        """Upload these files, or all, where they changed since the last time; nothing to do for a local folder."""
+        if not (self.remote and self.primary):
+            return
+        with self._lock:
+            files = [self.local / name for name in names] if names else _files(self.local)
+            for path in files:
+                stamp = _stamp(path)
+                name = path.relative_to(self.local).as_posix()
+                if stamp is None or self._index.get(name, [None, None])[1] == stamp:
+                    continue
+                with self._remote_errors("write"):
+                    self._fs.pipe_file(f"{self._root}/{name}", path.read_bytes())
+                    version = _version(self._fs.info(f"{self._root}/{name}"))
+                self._index[name] = [version, stamp]
+                self._save_index()
+
+    def _fetch(self) -> None:
+        """Make the mirror equal to the remote: download what differs, delete what is not there."""
+        path = self.local / INDEX
+        self._index: dict[str, list] = json.loads(path.read_bytes()) if path.exists() else {}
+        with self._remote_errors("read"):
+            remote = self._list()
+        for name, version in remote.items():
+            target = self.local / name
+            stamp = _stamp(target)
+            if stamp is None or self._index.get(name) != [version, stamp]:
+                with self._remote_errors("read"):
+                    content = self._fs.cat_file(f"{self._root}/{name}")
+                write_atomic(target, content)
+                self._index[name] = [version, _stamp(target)]
+        for target in _files(self.local):
+            if target.relative_to(self.local).as_posix() not in remote:
+                target.unlink(missing_ok=True)
+        self._index = {name: entry for name, entry in self._index.items() if name in remote}
+        self._save_index()
+
+    def _list(self) -> dict[str, str]:
+        """Map the remote's files, checkpoints aside, to what tells their versions apart."""
+        found: list[dict] = []
+        self._fs.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            for entry in self._fs.ls(self._root, detail=True):
+                if entry["type"] == "file":
+                    found.append(entry)
+                elif entry["name"].rstrip("/").rsplit("/", 1)[-1] != CHECKPOINTS:
+                    found += self._fs.find(entry["name"], detail=True).values()
+        prefix = self._root.strip("/") + "/"
+        named = {e["name"].strip("/").removeprefix(prefix): _version(e) for e in found if not e["name"].endswith("/")}
+        return {name: version for name, version in named.items() if not _hidden(name)}
+
+    def _save_index(self) -> None:
+        write_atomic(self.local / INDEX, json.dumps(self._index).encode())
+
+    @contextlib.contextmanager
+    def _remote_errors(self, verb: str) -> Iterator[None]:
+        """Turn whatever the remote's driver raises into a `StorageError`: drivers have no exceptions in common."""
+        try:
+            yield
+        except Exception as e:
+            hint = "Check the address, the network and your credentials"
+            raise StorageError(f"Cannot {verb} {self.path}: {type(e).__name__}: {e}. {hint}.") from e
+
+
+def _mirror(path: str, primary: bool) -> Path:
+    """Return the stable local folder for a remote one; readers have their own, lest they undo a writer's lines."""
+    cache = Path(os.environ.get("AETHER_CACHE") or "~/.cache/aether").expanduser()
+    slug = re.sub(r"[^\w.-]+", "_", path)[-80:] + "-" + hashlib.sha256(path.encode()).hexdigest()[:12]
+    return cache.absolute() / "workdirs" / (slug if primary else slug + "-reader")
+
+
+def _connect(path: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a remote address, and the path within it."""
+    protocol = path.split("://")[0]
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(path)
+    except ImportError as e:
+        extra = EXTRAS.get(protocol)
+        cure = f'pip install "aether[{extra}]"' if extra else "install the fsspec driver for it"
+        raise InputError(f"--workdir is {path}, but the driver for {protocol}:// is not installed; {cure}.") from e
+    except ValueError as e:
+        raise InputError(f"--workdir is {path}; it takes a local folder, or a gs:// or s3:// address ({e}).") from e
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a path that is a file, or leads through one."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise InputError(f"--workdir is {path}, but {part} is a file; give a folder.")
+            return
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the files that a mirror shares with its remote: no links, nothing hidden."""
+    found = (p for p in folder.rglob("*") if not p.is_symlink() and p.is_file())
+    return sorted(p for p in found if not _hidden(p.relative_to(folder).as_posix()))
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Return what tells versions of a local file apart, or None if it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _version(info: dict) -> str:
+    """Tell versions of a remote file apart; listings and single answers differ in how they write a time."""
+    mark = next((info[k] for k in VERSION_KEYS if info.get(k) is not None), "")
+    mark = mark.timestamp() if isinstance(mark, datetime.datetime) else str(mark).strip('"')
+    return f"{info['size']} {mark}"
