@@ -1,0 +1,39 @@
+"""AetherGPT at the size of GPT-2 small, for one machine with accelerators; the GPT-2 baseline is one override away.
+
+What:     12 layers, 12 heads, width 768, context 1024, GPT-2's BPE, 512 sequences (half a million tokens) a step,
+          20,000 steps: 10.5 billion tokens.
+Prepare:  python tools/prepare_text.py --path=texts/ --tokenizer=gpt2:FOLDER --out=prepared/
+Command:  python -m launch.train --config=configs/aether_124m.py --config.data.path=prepared/ \
+              --config.data.tokenizer=gpt2:FOLDER
+Baseline: the same with --config.model.kind=gpt2 --workdir=runs/gpt2_124m
+Data:     any large text in English, such as OpenWebText. FOLDER holds GPT-2's encoder.json and vocab.bpe.
+Memory:   --config.train.accumulate=8 splits the batch into parts that a single device can hold.
+Time:     not measured yet.
+Result:   not measured yet; see LOG.md.
+"""
+
+from ml_collections import ConfigDict
+
+from aether.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """Return the settings of this run; `data.path` and `data.tokenizer` are left for the command line."""
+    config = default_config()
+    config.model.size = "124m"
+    config.model.dtype = "bfloat16"
+    config.data.path = ""
+    config.data.tokenizer = "gpt2:"
+    config.data.context = 1024
+    config.data.batch_size = 512
+    config.data.prefetch = 8
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 700
+    config.optim.beta2 = 0.95
+    config.train.steps = 20_000
+    config.train.eval_every = 1000
+    config.train.eval_batches = 40
+    config.train.log_every = 10
+    config.checkpoint.every = 1000
+    config.checkpoint.keep_every = 5000
+    return config
