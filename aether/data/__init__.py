@@ -1,0 +1,1 @@
+"""Text from disk to batches: numpy and grain only, never JAX."""

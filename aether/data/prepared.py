@@ -1,0 +1,182 @@
+"""A prepared folder: shards of token ids with document offsets, a tokenizer, and `manifest.json`, written last."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aether.data.tokenizers import Tokenizer, restore_tokenizer
+from aether.errors import InputError, StorageError
+
+FORMAT, VERSION = "aether prepared text", 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder whose manifest was read and whose files were found whole."""
+
+    folder: str
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the digest of tokens, tokenizer and splits."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """Return the splits by name, each with its `tokens` range, and counts."""
+        return self.manifest["splits"]
+
+    def tokenizer(self) -> Tokenizer:
+        """Restore the tokenizer that made the tokens."""
+        return restore_tokenizer(os.path.join(self.folder, TOKENIZER))
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """Return the smallest type that shards use for so many ids."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def shard_file(folder: str, what: str, number: int) -> str:
+    """Return the path of the `tokens` or `documents` array of a shard."""
+    return os.path.join(folder, f"{what}-{number:05d}.npy")
+
+
+def write_atomic(path: str, content: Any) -> None:
+    """Write bytes, or an array as .npy, under another name and rename it: a file is there whole or not at all."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as f:
+            if isinstance(content, bytes):
+                f.write(content)
+            else:
+                np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(content))
+                f.write(content.data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise StorageError(f"{path} cannot be written: {e.strerror or e}; free some space or change the folder.") from e
+
+
+def write_json(path: str, record: dict[str, Any]) -> None:
+    """Write a record atomically."""
+    write_atomic(path, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """Return a JSON object, or None where there is no file or no object in it."""
+    try:
+        with open(path, "rb") as f:
+            record = json.loads(f.read())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as e:
+        raise StorageError(f"{path} cannot be read: {e.strerror}.") from e
+    return record if isinstance(record, dict) else None
+
+
+def is_prepared(path: str) -> bool:
+    """Return whether a path is a prepared folder, finished or not."""
+    records = (read_json(os.path.join(path, name)) for name in (MANIFEST, PLAN))
+    return any(record is not None and record.get("format") == FORMAT for record in records)
+
+
+def open_prepared(folder: str) -> Prepared:
+    """Read the manifest and check that the shards are there with their sizes; contents are trusted.
+
+    Raises:
+      InputError: unfinished, of another format version, or damaged.
+    """
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{folder} was not prepared to its end; run the same tools/prepare_text.py command again to finish it."
+        )
+    if manifest.get("version") != VERSION:
+        have = manifest.get("version")
+        raise InputError(f"{folder} has format version {have} and this Aether reads {VERSION}; prepare the text again.")
+    try:
+        item = np.dtype(manifest["dtype"]).itemsize
+        for number, shard in enumerate(manifest["shards"]):
+            _check_size(shard_file(folder, "tokens", number), shard["tokens"] * item)
+            _check_size(shard_file(folder, "documents", number), shard["documents"] * 8)
+        top, vocab = max(s["max_id"] for s in manifest["shards"]), manifest["tokenizer"]["vocab_size"]
+        _ = manifest["fingerprint"], [s["tokens"][1] for s in manifest["splits"].values()]
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{folder}/{MANIFEST} is damaged ({e!r}); prepare the text again.") from e
+    check_ids(top, vocab, folder)
+    return Prepared(folder, manifest)
+
+
+def _check_size(file: str, payload: int) -> None:
+    try:
+        size = os.path.getsize(file)
+    except OSError as e:
+        raise InputError(f"{file} is missing; prepare the text again.") from e
+    if not payload + 64 <= size <= payload + 256:
+        raise InputError(
+            f"{file} has {size} bytes where its manifest needs about {payload + 128}; prepare the text again."
+        )
+
+
+def check_ids(top: int, vocab: int, where: str) -> None:
+    """Raise `InputError` if the largest id is beyond the vocabulary."""
+    if top >= vocab:
+        raise InputError(
+            f"{where} holds a token id beyond the vocabulary: {top}, and the tokenizer has the ids 0 to {vocab - 1}; "
+            "prepare the text again with this data.tokenizer."
+        )
+
+
+def check_tokenizer(prepared: Prepared, tokenizer: Tokenizer) -> None:
+    """Raise `InputError` if a folder was made with another tokenizer."""
+    theirs = prepared.manifest["tokenizer"]
+    if theirs["hash"] != tokenizer.hash:
+        raise InputError(
+            f"{prepared.folder} was prepared with the tokenizer {_describe(theirs['spec'], theirs['vocab_size'], theirs['hash'])} and "
+            f"data.tokenizer is {_describe(tokenizer.spec, tokenizer.vocab_size, tokenizer.hash)}; "
+            "set data.tokenizer to that one, or prepare the text again."
+        )
+
+
+def _describe(spec: str, vocab: int, digest: str) -> str:
+    return f"{spec} ({vocab} ids, {digest[:8]})"
+
+
+def write_manifest(
+    folder: str, tokenizer: Tokenizer, shards: Sequence[dict[str, Any]], splits: dict[str, Any], about: dict[str, Any]
+) -> Prepared:
+    """Write the manifest, which finishes a folder, with a fingerprint of tokens, splits and tokenizer."""
+    ranges = {name: split["tokens"] for name, split in splits.items()}
+    decides = json.dumps([VERSION, tokenizer.hash, [s["sha256"] for s in shards], ranges], sort_keys=True)
+    manifest = dict(
+        format=FORMAT,
+        version=VERSION,
+        fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
+        tokenizer=dict(
+            spec=tokenizer.spec,
+            kind=tokenizer.kind,
+            hash=tokenizer.hash,
+            vocab_size=tokenizer.vocab_size,
+            eot=tokenizer.eot,
+        ),
+        dtype=dtype_for(tokenizer.vocab_size).name,
+        splits=splits,
+        shards=list(shards),
+        **about,
+    )
+    write_json(os.path.join(folder, MANIFEST), manifest)
+    return Prepared(folder, manifest)

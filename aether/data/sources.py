@@ -1,0 +1,176 @@
+"""Where text comes from: a path becomes a `Source`, a sorted list of items, and items become documents."""
+
+import glob
+import hashlib
+import os
+import stat
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from aether.config import DataConfig
+from aether.data import records
+from aether.data.records import Document
+from aether.errors import InputError, StorageError
+
+STDLIB = "python:stdlib"
+TFDS = "tfds:"
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file or a TFDS split: `size` in bytes (or records) and `mtime` in ns tell whether it changed."""
+
+    name: str
+    file: str
+    kind: str
+    size: int
+    mtime: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a path stands for.
+
+    Attributes:
+      single: the path names one file, so that text which cannot be decoded is an error and not skipped.
+      skipped: names of the files left out while reading, filled as documents are read.
+    """
+
+    path: str
+    items: tuple[Item, ...]
+    single: bool = False
+    held_out: tuple[Item, ...] = ()
+    skipped: list[str] = field(default_factory=list, compare=False)
+
+
+def find_source(path: str, config: DataConfig) -> Source:
+    """Find the items behind a path, sorted by name.
+
+    Raises:
+      InputError: nothing is there.
+    """
+    if path.startswith(TFDS):
+        source = _tfds(path, config)
+    elif path == STDLIB:
+        source = Source(path, tuple(_walk(sysconfig.get_paths()["stdlib"], stdlib=True)))
+    elif os.path.isdir(path):
+        source = Source(path, tuple(_walk(path)))
+    elif os.path.exists(path):
+        source = Source(path, (_item(path, os.path.basename(path)),), single=True)
+    elif glob.has_magic(path):
+        source = Source(path, tuple(_glob(path)))
+    else:
+        raise InputError(
+            f"{path} does not exist; set data.path (or data.mixture, data.validation) to a file, folder or glob."
+        )
+    if not source.items:
+        raise InputError(f"{path} holds no files; set data.path to text, JSON lines or Parquet.")
+    return source
+
+
+def _item(file: str, name: str) -> Item:
+    with records.storage(file):
+        s = os.stat(file)
+    return Item(name, os.path.abspath(file), records.kind_of(file), s.st_size, s.st_mtime_ns)
+
+
+def _walk(top: str, stdlib: bool = False) -> Iterator[Item]:
+    """Yield the files under a folder, hidden ones left out; of the standard library only its own sources."""
+
+    def unreadable(e: OSError) -> None:
+        raise StorageError(f"{e.filename} cannot be read: {e.strerror}.") from e
+
+    for folder, folders, files in os.walk(top, onerror=unreadable):
+        folders[:] = sorted(f for f in folders if not (f.startswith(".") or (stdlib and f in NOT_STDLIB)))
+        for file in sorted(files):
+            path = os.path.join(folder, file)
+            wanted = file.endswith(".py") and not os.path.islink(path) if stdlib else not file.startswith(".")
+            if wanted and stat.S_ISREG(os.stat(path).st_mode if os.path.exists(path) else 0):
+                yield _item(path, os.path.relpath(path, top).replace(os.sep, "/"))
+
+
+def _glob(pattern: str) -> Iterator[Item]:
+    files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
+    if not files:
+        raise InputError(f"{pattern} matches no file; change data.path (or data.mixture, data.validation).")
+    top = (
+        os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath([os.path.dirname(f) or "." for f in files])
+    )
+    for file in files:
+        yield _item(file, os.path.relpath(file, top or ".").replace(os.sep, "/"))
+
+
+def _tfds(path: str, config: DataConfig) -> Source:
+    """Take the split that the path names, or `train` with `validation` or `test` held out."""
+    builder = records.tfds_builder(path, config.tfds_dir)
+    have = list(builder.info.splits)
+    parts = path.split(":")
+    split = parts[2] if len(parts) > 2 else "train" if "train" in have else have[0]
+    if split not in have:
+        raise InputError(f"{path} asks for the split {split!r}; the data set has {', '.join(have)}.")
+    mtime = max(os.stat(os.path.join(builder.data_dir, f)).st_mtime_ns for f in os.listdir(builder.data_dir))
+    items = {s: Item(s, f"{builder.data_dir}/{s}", "tfds", builder.info.splits[s].num_examples, mtime) for s in have}
+    spare = [s for s in ("validation", "test") if s in have and s != split] if len(parts) == 2 else []
+    return Source(path, (items[split],), held_out=tuple(items[s] for s in spare[:1]))
+
+
+def hold_out(source: Source, fraction: float) -> Source:
+    """Move a share of the files, chosen by a hash of their names, to `held_out`; at least one stays on each side.
+
+    Only where files are documents: one file, and files of records, are divided by characters and documents (`prepare`).
+    """
+    if source.held_out or not fraction or not by_file(source):
+        return source if fraction else replace(source, held_out=())
+    ranked = sorted(source.items, key=_name_hash)
+    count = sum(_name_hash(item) < fraction for item in ranked)
+    chosen = set(ranked[: min(max(count, 1), len(ranked) - 1)])
+    items = tuple(i for i in source.items if i not in chosen)
+    return replace(source, items=items, held_out=tuple(i for i in source.items if i in chosen))
+
+
+def by_file(source: Source) -> bool:
+    """Return whether the source is divided into training and validation text by whole files."""
+    return len(source.items) > 1 and any(item.kind == "text" for item in source.items)
+
+
+def _name_hash(item: Item) -> float:
+    return int.from_bytes(hashlib.sha256(item.name.encode()).digest()[:8], "big") / 2**64
+
+
+def read_items(source: Source, items: Iterable[Item], config: DataConfig) -> Iterator[Document]:
+    """Yield (name, bytes) of every document that is not empty."""
+    for item in items:
+        if item.kind == "tfds":
+            found = records.read_tfds(source.path, item.name, config.tfds_dir, config.text_key)
+        elif item.kind == "jsonl":
+            found = records.read_jsonl(item.file, item.name, config.text_key)
+        elif item.kind == "parquet":
+            found = records.read_parquet(item.file, item.name, config.text_key)
+        else:
+            found = _read_text(source, item, config)
+        yield from ((name, text) for name, text in found if text)
+
+
+def _read_text(source: Source, item: Item, config: DataConfig) -> Iterator[Document]:
+    """Yield a text file; one among many that is not UTF-8 is skipped and remembered."""
+    text = records.read_bytes(item.file)
+    if not (source.single and config.tokenizer == "bytes"):
+        try:
+            text.decode()
+        except UnicodeDecodeError as e:
+            if source.single:
+                raise InputError(
+                    f"{item.file} is not UTF-8 at byte {e.start}; convert it, or use data.tokenizer=bytes."
+                ) from e
+            if item.name not in source.skipped:
+                source.skipped.append(item.name)
+            return
+    yield item.name, text
+
+
+def documents(path: str, config: DataConfig) -> Iterator[Document]:
+    """Yield (name, bytes) of the documents behind a path, held-out ones last."""
+    source = find_source(path, config)
+    yield from read_items(source, (*source.items, *source.held_out), config)
