@@ -1,0 +1,68 @@
+"""Every shipped config: it builds, resolves, keeps to the schema, and documents itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from aether.config import build, knobs
+from launch.overrides import load_config, make_config
+
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.py"))
+VOCABULARY = {"bytes": 257, "chars": 66}
+
+
+def values(path: Path) -> dict:
+    return load_config(str(path))
+
+
+def test_there_are_configs():
+    assert {"quickstart", "shakespeare_char"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", ["aether", "gpt2"])
+def test_builds_and_resolves(path, kind):
+    config = make_config(str(path), [f"model.kind={kind}"])
+    resolved = config.resolved(VOCABULARY.get(config.data.tokenizer, 50257))
+    undecided = [
+        key
+        for key, f in knobs()
+        if f.metadata["auto"] and getattr(getattr(resolved, key.split(".")[0]), key.split(".")[1]) in (0, "auto")
+    ]
+    assert undecided == []
+    assert resolved.optim.warmup_steps < resolved.train.steps
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_call_starts_afresh(path):
+    first = values(path)
+    first["train"]["steps"] = -1
+    assert values(path)["train"]["steps"] > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_says_what_command_time_and_result(path):
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    for label in ("What:", "Command:", "Time:", "Result:"):
+        assert f"\n{label} " in doc, f"{path.name} lacks a line {label}"
+    assert f"python -m launch.train --config=configs/{path.name}" in doc
+    for key in ("path", "tokenizer"):
+        left_open = values(path)["data"][key] in ("", "gpt2:")
+        assert left_open == (f"--config.data.{key}=" in doc), f"{path.name}: data.{key} left open <=> in the command"
+
+
+def test_quickstart_needs_nothing_else():
+    config = build(values(FOLDER / "quickstart.py"))
+    assert (config.data.path, config.data.tokenizer, config.model.dtype) == ("python:stdlib", "bytes", "float32")
+
+
+def test_shakespeare_is_the_published_setting():
+    config = build(values(FOLDER / "shakespeare_char.py")).resolved(66)
+    model, data, optim = config.model, config.data, config.optim
+    assert (model.layers, model.heads, model.width, model.dropout) == (4, 4, 128, 0.0)
+    assert (model.position, model.head, model.linear_bias, model.dtype) == ("learned", "untied", "no", "float32")
+    assert (data.tokenizer, data.context, data.batch_size, data.validation_fraction) == ("chars", 64, 12, 0.1)
+    assert (config.train.steps, optim.warmup_steps, optim.final_fraction, optim.clip) == (2000, 100, 0.1, 1.0)
+    assert (optim.schedule, optim.beta2, optim.weight_decay) == ("cosine", 0.99, 0.1)
