@@ -1,0 +1,1 @@
+"""Pure functions on arrays: the ⵟ-product, attention, rotary positions."""

@@ -1,0 +1,174 @@
+"""AetherGPT and the GPT-2 baseline: one family, each part turned from one to the other by a field of `ModelConfig`.
+
+Axes: b batch, t position, d width, v vocabulary, n layers.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from aether.config import ModelConfig
+from aether.kernels.attention import causal_mask
+from aether.nn import Attention, Embed, KVCache, LayerNorm, Linear, YatAttention, YatNMN
+from aether.nn.param import stack
+
+_STD = 0.02  # GPT-2's initial standard deviation of everything
+
+
+def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+
+
+def _branch_std(c: ModelConfig) -> tuple[float, float]:
+    """Return the initial standard deviations of a branch's inner kernels and of its projection into the stream."""
+    inner = _STD if c.kind == "gpt2" else c.width**-0.5
+    return inner, _STD / (2 * c.layers) ** 0.5
+
+
+def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
+    std, out_std = _branch_std(c)
+    theta = c.rope_theta if c.position == "rotary" else None
+    kwargs = dict(
+        rope_theta=theta, std=std, out_std=out_std, use_bias=c.linear_bias == "yes", dtype=c.dtype, rngs=rngs
+    )
+    if c.attention == "dot":
+        return Attention(c.width, c.heads, **kwargs)
+    unit = dict(bias=c.yat_bias, alpha=c.attention_alpha, epsilon=c.epsilon, spherical=c.spherical)
+    return YatAttention(c.width, c.heads, **unit, **kwargs)
+
+
+class MLP(nnx.Module):
+    """Linear(YatNMN(x)), or Linear(GELU(Linear(x)))."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        std, out_std = _branch_std(c)
+        use_bias = c.linear_bias == "yes"
+        self.gelu = c.mlp == "gelu"
+        self.hidden: Linear | YatNMN
+        if self.gelu:
+            self.hidden = Linear(c.width, c.hidden, std=std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
+        else:
+            unit = dict(bias=c.yat_bias, alpha=c.mlp_alpha, epsilon=c.epsilon, spherical=c.spherical)
+            self.hidden = YatNMN(c.width, c.hidden, **unit, dtype=c.dtype, rngs=rngs)
+        axes = ("mlp", "embed")
+        self.out = Linear(c.hidden, c.width, std=out_std, use_bias=use_bias, axes=axes, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Map (b, t, d) to itself."""
+        h = self.hidden(x)
+        return self.out(jax.nn.gelu(h) if self.gelu else h)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms are absent in AetherGPT."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.attention = _attention(c, rngs)
+        self.mlp = MLP(c, rngs)
+        norm = c.norm == "layernorm"
+        use_bias = c.linear_bias == "yes"
+        self.norm1 = LayerNorm(c.width, use_bias=use_bias, dtype=c.dtype) if norm else None
+        self.norm2 = LayerNorm(c.width, use_bias=use_bias, dtype=c.dtype) if norm else None
+        self.rate = c.dropout
+
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, cache: KVCache | None, key: Array | None
+    ) -> tuple[Array, KVCache | None]:
+        """Add both branches to x (b, t, d), float32."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        y, cache = self.attention(self.norm1(x) if self.norm1 else x, positions, mask, cache)
+        x = x + _dropout(y, self.rate, keys[0])
+        y = self.mlp(self.norm2(x) if self.norm2 else x)
+        return x + _dropout(y, self.rate, keys[1]), cache
+
+
+class GPT(nnx.Module):
+    """A decoder-only language model: embedding, scanned blocks, linear head.
+
+    The residual stream is float32; what the branches compute is in `model.dtype`. With a tied head the logits are
+    x·Eᵀ scaled so that they start as small as with GPT-2's table, whatever the embedding's own scale.
+
+    Args:
+      c: the resolved configuration.
+      context: length of the table of learned positions.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(self, c: ModelConfig, context: int, rngs: nnx.Rngs):
+        self.config = c
+        self.embed = Embed(c.vocab, c.width, std=c.embed_std, rngs=rngs)
+        learned = c.position == "learned"
+        axes = ("position", "embed")
+        self.position = Embed(context, c.width, std=c.embed_std, axes=axes, rngs=rngs) if learned else None
+        self.blocks = stack(lambda r: Block(c, r), c.layers, rngs)
+        self.norm = LayerNorm(c.width, use_bias=c.linear_bias == "yes", dtype=c.dtype) if c.norm == "layernorm" else None
+        tied = c.head == "tied"
+        axes = ("embed", "vocab")
+        self.head = None if tied else Linear(c.width, c.vocab, std=_STD, use_bias=False, axes=axes, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        segments: Array | None = None,
+        positions: Array | None = None,
+        cache: KVCache | None = None,
+        key: Array | None = None,
+    ) -> tuple[Array, KVCache | None]:
+        """Run the network up to the head.
+
+        Args:
+          tokens: (b, t) ids.
+          segments: (b, t); attention stays inside equal numbers. None: one document.
+          positions: (b, t); None: counted from 0, or from the cache's length.
+          cache: of `init_cache`, to continue from; excludes `segments`.
+          key: of dropout; None: no dropout.
+
+        Returns:
+          (b, t, d) hidden states in the compute dtype, to be multiplied by `head_kernel`, and the new cache.
+        """
+        c = self.config
+        b, t = tokens.shape
+        start = 0 if cache is None else cache.length[0]
+        if positions is None:
+            positions = jnp.broadcast_to(start + jnp.arange(t), (b, t))
+        mask = causal_mask(t, t if cache is None else cache.key.shape[2], start)[None, None]
+        if segments is not None:
+            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        x = self.embed(tokens)
+        if self.position is not None:
+            x = x + self.position(positions)
+        keys = None
+        if key is not None and c.dropout:
+            first, *rest = jax.random.split(key, c.layers + 1)
+            x, keys = _dropout(x, c.dropout, first), jnp.stack(rest)
+
+        graph, state = nnx.split(self.blocks)
+
+        def block(x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
+            params, cache, key = layer
+            return nnx.merge(graph, params)(x, positions, mask, cache, key)
+
+        body = jax.checkpoint(block) if c.remat == "block" else block
+        x, cache = jax.lax.scan(body, x, (state, cache, keys))
+        return (self.norm(x) if self.norm is not None else x).astype(c.dtype), cache
+
+    def head_kernel(self) -> Array:
+        """Return the (d, v) matrix that turns hidden states into logits, float32."""
+        if self.head is not None:
+            return self.head.kernel[...]
+        return self.embed.embedding[...].T * (_STD / self.config.embed_std)
+
+    def logits(self, hidden: Array) -> Array:
+        """Return float32 logits (b, t, v) of hidden states (b, t, d)."""
+        return jnp.matmul(hidden, self.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """Return an empty cache of `length` positions for every layer, leaves with a leading layers axis."""
+        c = self.config
+        shape = (c.layers, batch, length, c.heads, c.width // c.heads)
+        zeros = jnp.zeros(shape, c.dtype)
+        return KVCache(zeros, zeros, jnp.zeros((c.layers,), jnp.int32))

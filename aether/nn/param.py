@@ -1,0 +1,51 @@
+"""How a parameter is born: a value, and the logical names of its axes.
+
+The names used are `vocab`, `embed`, `heads`, `head`, `mlp`, `position` and `layers`; `aether/parallel.py` maps them to the mesh.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+Axes = tuple[str | None, ...]
+M = TypeVar("M", bound=nnx.Module)
+
+
+def normal(key: Array, shape: tuple[int, ...], std: float, axes: Axes) -> nnx.Param:
+    """Make a float32 parameter with entries from N(0, std²)."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+def constant(shape: tuple[int, ...], value: float, axes: Axes) -> nnx.Param:
+    """Make a float32 parameter whose entries are all `value`."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def softplus_inverse(value: float) -> float:
+    """Return r with softplus(r) = log(1 + eʳ) = value, for value > 0."""
+    return value + math.log(-math.expm1(-value))
+
+
+def stack(make: Callable[[nnx.Rngs], M], n: int, rngs: nnx.Rngs) -> M:
+    """Make `n` modules as one whose parameters have a leading "layers" axis, each layer from a key of its own.
+
+    `nnx.vmap` could do this, but loses the name of the new axis in tree mode.
+    """
+
+    def one(key: Array) -> nnx.State:
+        return nnx.state(make(nnx.Rngs(key)))
+
+    states = jax.vmap(one)(jax.random.split(rngs(), n))
+    module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    state = jax.tree.map(
+        lambda v: v.replace(axes=("layers", *v.get_metadata()["axes"])),
+        states,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
+    )
+    nnx.update(module, state)
+    return module

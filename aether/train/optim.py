@@ -1,0 +1,106 @@
+"""The optimizer: optax's, with decay masks, learning rates by parameter path, and schedules."""
+
+import re
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from aether.config import OptimConfig
+from aether.errors import InputError
+
+
+def name(path: tuple) -> str:
+    """Return a parameter's path as in `blocks/mlp/hidden/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
+    """Return the transformation from gradients to steps of learning rate 1: clip, AdamW or Muon, decay.
+
+    Muon orthogonalises the matrices inside the stacked blocks; embeddings, head and vectors stay with Adam. Its steps
+    are scaled to Adam's size (Liu et al., 2025, arXiv 2502.16982), so that both share one learning rate.
+    """
+    adam = optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), optax.scale(-1.0))
+    muon = optax.contrib.muon(
+        1.0,
+        beta=c.momentum,
+        eps=c.eps,
+        adam_b1=c.beta1,
+        adam_b2=c.beta2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_muon_axes,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
+        muon if c.name == "muon" else adam,
+        optax.add_decayed_weights(-c.weight_decay, lambda params: decay_mask(c, params)),
+    )
+
+
+def _muon_axes(params: Any) -> Any:
+    def one(v: nnx.Variable) -> MuonDimensionNumbers | None:
+        axes = v.get_metadata()["axes"]
+        return MuonDimensionNumbers(1, 2) if axes[0] == "layers" and len(axes) == 3 else None
+
+    return jax.tree.map(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def decay_mask(c: OptimConfig, params: Any) -> Any:
+    """Return True for the parameters to decay: those that are matrices in each layer and not named by `no_decay`."""
+
+    def one(path: tuple, v: nnx.Variable) -> bool:
+        axes = [a for a in v.get_metadata()["axes"] if a != "layers"]
+        return len(axes) > 1 and not (c.no_decay and re.search(c.no_decay, name(path)))
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def learning_rate_scales(c: OptimConfig, params: Any) -> Any:
+    """Return each parameter's learning rate factor, that of the first expression in `lr_scale` found in its path.
+
+    Raises:
+      InputError: an expression that is not valid, or that no path matches.
+    """
+    for key, expression in [("no_decay", c.no_decay), *[("lr_scale", e) for e in c.lr_scale]]:
+        try:
+            re.compile(expression)
+        except re.error as e:
+            raise InputError(f"optim.{key} has {expression!r}, which is not a regular expression: {e}.") from None
+    unused = set(c.lr_scale)
+
+    def one(path: tuple, v: nnx.Variable) -> float:
+        for expression, factor in c.lr_scale.items():
+            if re.search(expression, name(path)):
+                unused.discard(expression)
+                return factor
+        return 1.0
+
+    scales = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    if unused:
+        paths = [name(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+        raise InputError(f"optim.lr_scale has {sorted(unused)[0]!r}, which is found in no parameter path; there are {', '.join(paths)}.")
+    return scales
+
+
+def make_schedule(c: OptimConfig) -> optax.Schedule:
+    """Return the learning rate of update k = 1, 2, …: a linear rise over `warmup_steps`, then the shape asked for.
+
+    The shape ends after `schedule_steps` at `final_fraction` of the peak and stays there. `wsd` holds the peak and
+    falls linearly in the last `decay_fraction` of the schedule (Hu et al., 2024).
+    """
+    peak, final = c.learning_rate, c.learning_rate * c.final_fraction
+    rest = max(c.schedule_steps - c.warmup_steps, 1)
+    fall = min(max(round(c.decay_fraction * c.schedule_steps), 1), rest)
+    shapes = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, c.final_fraction),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+        "wsd": lambda: optax.linear_schedule(peak, final, fall, rest - fall),
+    }
+    body = shapes[c.schedule]()
+    if not c.warmup_steps:
+        return body
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, c.warmup_steps), body], [c.warmup_steps])
