@@ -1,7 +1,8 @@
 """Checkpoints: the training state as named arrays in numbered folders, which Orbax writes in the background.
 
 A folder `STEP/` holds `state/` (Orbax's arrays, under names made from tree paths, so that no class of Flax or Optax is
-part of the format) and `meta/meta.json` (format version, loss, the list of arrays, and what the caller gave).
+part of the format) and `meta.json`: format version, loss, the arrays, the files with their sizes and checksums (Orbax
+reads a flipped bit as a number like any other), and what the caller gave.
 On disks an unfinished folder has another name and is renamed when complete; on object stores a marker is written last.
 """
 
@@ -13,6 +14,7 @@ import math
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +36,9 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 # Reasons for which a sound checkpoint cannot be read at the moment; Orbax carries TensorStore's in the text.
 NOT_DAMAGE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+_log = logging.getLogger(__name__).warning
 
 
 class _DamagedError(StorageError):
@@ -69,7 +74,7 @@ class Checkpoints:
         directory: str,
         config: CheckpointConfig,
         *,
-        log: Callable[[str], None] = logging.getLogger(__name__).warning,
+        log: Callable[[str], None] = _log,
     ):
         from etils import epath
 
@@ -77,12 +82,13 @@ class Checkpoints:
         self._home: Any = epath.Path(self.directory)
         self._remote = "://" in directory
         self._staged = directory.startswith("s3://")  # Orbax writes arrays to disks and gs:// only
-        self._stage = ""
+        self._stage: Any = None
         self._config = config
         self._log = log
         self._writer: Any = None
         self._cleaned = False
         self._losses: dict[int, float | None] = {}
+        self._saving: dict[str, Any] = {}
 
     def steps(self) -> list[int]:
         """List the complete checkpoints, oldest first."""
@@ -122,7 +128,7 @@ class Checkpoints:
             self._write(step, arrays, record)
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
-        """Read (state, meta, step) into the shapes, dtypes and shardings of `like`; by default the newest that is sound.
+        """Read (state, meta, step) into the shapes, dtypes and shardings of `like`; by default the newest sound one.
 
         A damaged newest one is renamed `damaged-STEP` once an older one is read. A step asked for is read or refused.
 
@@ -163,7 +169,8 @@ class Checkpoints:
         finally:
             writer, self._writer = self._writer, None
             writer.close()
-            shutil.rmtree(self._stage, ignore_errors=True) if self._stage else None
+            if self._stage:
+                shutil.rmtree(self._stage, ignore_errors=True)
 
     def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
@@ -175,36 +182,41 @@ class Checkpoints:
             )
         if self._writer is None:
             self._open()
-        target = os.path.join(self._stage, str(step)) if self._staged else self._home / str(step)
-        self._writer.save(
-            target, args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(record))
-        )
+        self._saving = record
+        root = self._stage if self._staged else self._home
+        self._writer.save(root / str(step), args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays)))
 
     def _open(self) -> None:
         import orbax.checkpoint as ocp
+        from etils import epath
 
         _silence_orbax()
         if self._staged:
-            self._stage = tempfile.mkdtemp(prefix="aether-checkpoint-")
+            self._stage = epath.Path(tempfile.mkdtemp(prefix="aether-checkpoint-"))
         elif jax.process_index() == 0:
             self._home.mkdir(parents=True, exist_ok=True)
-        handler = ocp.CompositeCheckpointHandler(
-            state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler(filename=META)
+        handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
+        self._writer = ocp.AsyncCheckpointer(
+            handler, async_options=ocp.AsyncOptions(post_finalization_callback=self._finish)
         )
-        options = ocp.AsyncOptions(post_finalization_callback=self._upload if self._staged else None)
-        self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
 
-    def _upload(self) -> None:
-        """Copy the finished folder from the stage, its marker last. Orbax calls it in the writer's thread."""
-        (name,) = os.listdir(self._stage)
-        source, target = os.path.join(self._stage, name), self._home / name.split(".")[0]
-        _copy(source, target)
-        (target / MARKER).write_text("complete\n")
+    def _finish(self) -> None:
+        """Add meta.json to the arrays. Orbax calls it on process 0, in the writer's thread, before it commits."""
+        record = self._saving
+        root, name = self._stage if self._staged else self._home, str(record["step"])
+        (folder,) = [p for p in root.iterdir() if p.name.split(".")[0] == name]
+        sums = not self._remote or self._staged
+        files = {str(p.relative_to(folder)): _fingerprint(p, sums) for p in _files(folder / "state")}
+        (folder / META).write_text(json.dumps({**record, "files": files}))
+        if self._staged:
+            for file in _files(folder):
+                _copy(file, self._home / name / file.relative_to(folder))
+            (self._home / name / MARKER).write_text("complete\n")
 
     def _prune(self) -> None:
-        if self._stage:
-            for name in os.listdir(self._stage):
-                shutil.rmtree(os.path.join(self._stage, name))
+        if self._staged:
+            for copy in self._stage.iterdir():
+                copy.rmtree()
         if jax.process_index() != 0:
             return
         steps, c = self.steps(), self._config
@@ -251,7 +263,7 @@ class Checkpoints:
         for step in steps:
             if step not in self._losses:
                 try:
-                    self._losses[step] = self._record(self._home / str(step))["loss"]
+                    self._losses[step] = self._record(self._home / str(step)).get("loss")
                 except (_DamagedError, InputError):
                     self._losses[step] = None
         ranked = [(loss, -step) for step in steps if (loss := self._losses[step]) is not None]
@@ -284,6 +296,8 @@ class Checkpoints:
             with self._local(step) as folder:
                 record = self._record(folder)
                 _check(record["arrays"], wanted, scope, f"Checkpoint {step} in {self.directory}")
+                if jax.process_index() == 0:
+                    _verify(folder, record["files"], sums=not scope)
                 result = _read(folder / "state", record["arrays"], wanted), record["meta"]
         except InputError:
             raise
@@ -299,15 +313,17 @@ class Checkpoints:
     def _record(self, folder: Any) -> dict[str, Any]:
         """Read meta.json, brought to the present format."""
         try:
-            record = json.loads((folder / "meta" / META).read_text())
-            version = record["format"]
+            record = json.loads((folder / META).read_text())
+            version = int(record["format"])
         except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
-            raise _DamagedError(f"{folder}/meta/{META} cannot be read: {_line(e)}") from e
+            raise _DamagedError(f"{folder}/{META} cannot be read: {_line(e)}") from e
         if version > FORMAT:
             raise InputError(
                 f"Checkpoint {folder} has format {version}, and this Aether reads up to format {FORMAT}; update Aether."
             )
         for old in range(version, FORMAT):
+            if old not in UPGRADES:
+                raise InputError(f"Checkpoint {folder} has format {version}; this Aether, at {FORMAT}, cannot read it.")
             record = UPGRADES[old](record)
         return record
 
@@ -320,7 +336,9 @@ class Checkpoints:
         from etils import epath
 
         with tempfile.TemporaryDirectory(prefix="aether-checkpoint-") as copy:
-            _copy(self._home / str(step), copy)
+            folder = self._home / str(step)
+            for file in _files(folder):
+                _copy(file, epath.Path(copy) / file.relative_to(folder))
             yield epath.Path(copy)
 
     @contextlib.contextmanager
@@ -350,7 +368,8 @@ def _owned(leaf: Any) -> Any:
     """
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
-    on_cpu = next(iter(leaf.sharding.device_set)).platform == "cpu"
+    devices: set[Any] = leaf.devices()
+    on_cpu = next(iter(devices)).platform == "cpu"
     return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_cpu else leaf
 
 
@@ -408,18 +427,42 @@ def _everywhere(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
-def _copy(source: Any, target: Any) -> None:
-    """Copy a folder between a disk and an object store, all but its marker."""
-    from etils import epath
-
-    for item in epath.Path(source).iterdir():
-        to = epath.Path(target) / item.name
+def _files(folder: Any) -> Iterator[Any]:
+    for item in folder.iterdir():
         if item.is_dir():
-            _copy(item, to)
+            yield from _files(item)
         elif item.name != MARKER:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            with item.open("rb") as read, to.open("wb") as write:
-                shutil.copyfileobj(read, write, 1 << 20)
+            yield item
+
+
+def _copy(source: Any, target: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write, 1 << 20)
+
+
+def _fingerprint(file: Any, sums: bool) -> list[int]:
+    """Return [bytes] or [bytes, CRC-32] of a file. Object stores keep checksums themselves."""
+    size = file.stat().length
+    if not sums:
+        return [size]
+    crc = 0
+    with file.open("rb") as read:
+        while block := read.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def _verify(folder: Any, files: dict[str, list[int]], sums: bool) -> None:
+    """Raise `_DamagedError` at the first file that is not as it was written; without `sums`, go by the size."""
+    for name, (size, *crc) in files.items():
+        if not (folder / name).exists():
+            raise _DamagedError(f"{name} is missing")
+        now = _fingerprint(folder / name, sums and bool(crc))
+        if now[0] != size:
+            raise _DamagedError(f"{name} has {now[0]} bytes, not {size}")
+        if now[1:] != crc[: len(now) - 1]:
+            raise _DamagedError(f"{name} has another checksum than when it was written")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -429,11 +472,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_full(error: BaseException) -> bool:
+    """Tell a full disk or quota, from the error number or from the words of TensorStore and fsspec."""
     marks = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota exceeded")
-    return any(
-        getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in str(e) for m in marks)
-        for e in _chain(error)
-    )
+    for e in _chain(error):
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if not isinstance(e, jax.errors.JaxRuntimeError) and any(m in str(e) for m in marks):  # that is device memory
+            return True
+    return False
 
 
 def _is_damage(error: Exception) -> bool:
