@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
 
 from aether.config import DataConfig
+from aether.data.cache import characters_of, find, prepare_cached
 from aether.data.pack import Window, Windows
-from aether.data.prepare import characters_of, find, prepare_cached
 from aether.data.prepared import Prepared, check_tokenizer
 from aether.data.sources import Source
 from aether.data.tokenizers import Tokenizer, chars_tokenizer, load_tokenizer
@@ -17,6 +17,11 @@ from aether.errors import InputError
 
 ENDLESS = 1 << 50
 Batch = dict[str, np.ndarray]
+Log = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Corpus:
     summary: list[str]
 
 
-def load_corpus(config: DataConfig, log: Callable[[str], None] = lambda line: None) -> Corpus:
+def load_corpus(config: DataConfig, log: Log = _silent) -> Corpus:
     """Find, prepare (or take from the cache) and open the texts of a run.
 
     Raises:
@@ -53,7 +58,8 @@ def load_corpus(config: DataConfig, log: Callable[[str], None] = lambda line: No
     paths = config.mixture or {"train": config.path}
     found = {name: find(path, config) for name, path in paths.items()}
     tokenizer = _tokenizer(found, config)
-    fraction = 0.0 if config.validation else config.validation_fraction
+    if config.validation:
+        config = replace(config, validation_fraction=0.0)
     train, validation, summary, prints = (
         [],
         {},
@@ -61,7 +67,7 @@ def load_corpus(config: DataConfig, log: Callable[[str], None] = lambda line: No
         [tokenizer.hash],
     )
     for name, place in found.items():
-        prepared = _prepared(place, config, tokenizer, fraction)
+        prepared = _prepared(place, config, tokenizer, log)
         train.append(
             TrainSet(name, config.weights.get(name, 1.0), _windows(prepared, "train", config, tokenizer, padded=False))
         )
@@ -72,19 +78,22 @@ def load_corpus(config: DataConfig, log: Callable[[str], None] = lambda line: No
             validation[held] = _windows(prepared, "validation", config, tokenizer, padded=True)
             summary += _describe(held, prepared, "validation")
     for name, path in config.validation.items():
-        validation[name] = load_validation(path, config, tokenizer)
+        validation[name] = load_validation(path, config, tokenizer, log)
         summary.append(f"{name}: {validation[name].tokens:,} tokens from {path}")
     for line in summary:
         log(line)
     return Corpus(tokenizer, hashlib.sha256("\n".join(prints).encode()).hexdigest()[:32], train, validation, summary)
 
 
-def load_validation(path: str, config: DataConfig, tokenizer: Tokenizer) -> Windows:
-    """Open the whole text behind a path for evaluation; of prepared folders and TFDS sets, their held-out split if there is one."""
+def load_validation(path: str, config: DataConfig, tokenizer: Tokenizer, log: Log = _silent) -> Windows:
+    """Open the whole text behind a path for evaluation.
+
+    Of a prepared folder or a TFDS set that has a held-out split, that split is taken.
+    """
     place = find(path, config)
     if isinstance(place, Source) and place.held_out:
         place = Source(place.path, place.held_out, place.single)
-    prepared = _prepared(place, config, tokenizer, 0.0)
+    prepared = _prepared(place, replace(config, validation_fraction=0.0), tokenizer, log)
     split = "validation" if "validation" in prepared.splits else "train"
     return _windows(prepared, split, config, tokenizer, padded=True)
 
@@ -94,13 +103,19 @@ def _tokenizer(found: dict[str, Source | Prepared], config: DataConfig) -> Token
         return load_tokenizer(config.tokenizer)
     for place in found.values():
         if isinstance(place, Prepared):
-            return place.tokenizer()
+            tokenizer = place.tokenizer()
+            if tokenizer.kind != "chars":
+                raise InputError(
+                    f"{place.folder} was prepared with the tokenizer {tokenizer.spec} and data.tokenizer is chars; "
+                    f"set data.tokenizer={tokenizer.spec}, or prepare the text again."
+                )
+            return tokenizer
     return chars_tokenizer("".join(characters_of(s, config) for s in found.values() if isinstance(s, Source)))
 
 
-def _prepared(place: Source | Prepared, config: DataConfig, tokenizer: Tokenizer, fraction: float) -> Prepared:
+def _prepared(place: Source | Prepared, config: DataConfig, tokenizer: Tokenizer, log: Log) -> Prepared:
     if isinstance(place, Source):
-        return prepare_cached(place, config, tokenizer, fraction)
+        return prepare_cached(place, config, tokenizer, log)
     check_tokenizer(place, tokenizer)
     return place
 
@@ -148,7 +163,8 @@ def _share(batch_size: int, process_index: int, process_count: int) -> range:
     """Return the rows of a global batch that a process reads."""
     if batch_size % process_count:
         raise InputError(
-            f"data.batch_size is {batch_size} and there are {process_count} processes; make the batch a multiple of the processes."
+            f"data.batch_size is {batch_size} and there are {process_count} processes; "
+            "make the batch a multiple of the processes."
         )
     rows = batch_size // process_count
     return range(process_index * rows, (process_index + 1) * rows)
@@ -178,16 +194,22 @@ def _read_ahead(batches: _TrainBatches, config: DataConfig) -> Iterator[Batch]:
     """Read batches in order ahead of their use, in a thread or in worker processes."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
     ahead = grain.MapDataset.source(batches).to_iter_dataset(options)
-    if config.workers:
-        each = max(1, config.prefetch // config.workers)
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=each))
-    return iter(ahead)
+    if not config.workers:
+        return iter(ahead)
+    # A pipe is quick enough for token ids, and shared memory would outlive a killed run.
+    pipe = grain.experimental.DatasetOptions(min_shm_size=1 << 40)
+    each = max(1, config.prefetch // config.workers)
+    processes = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=each)
+    return iter(grain.experimental.WithOptionsIterDataset(ahead, pipe).mp_prefetch(processes))
 
 
 def train_batches(
     corpus: Corpus, config: DataConfig, seed: int, step: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Yield this process's rows of the batches of updates step+1, step+2, ... without end, each int32 (rows, T+1) or (rows, T)."""
+    """Yield this process's rows of the batches of updates step+1, step+2, ... without end.
+
+    See `Windows` for the arrays.
+    """
     rows = _share(config.batch_size, process_index, process_count)
     return _read_ahead(_TrainBatches(corpus.train, config.batch_size, seed, step, rows), config)
 

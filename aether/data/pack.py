@@ -42,8 +42,8 @@ class Windows:
         if self.count < 1:
             need = 2 if padded else context + 1
             raise InputError(
-                f"{prepared.manifest['source']} ({split}) has {self.tokens} tokens and data.context={context} needs at least "
-                f"{need}; use more text or a smaller data.context."
+                f"{prepared.manifest['source']} ({split}) has {self.tokens} tokens, and data.context={context} needs "
+                f"at least {need}; use more text or a smaller data.context."
             )
 
     @property

@@ -145,15 +145,12 @@ def check_tokenizer(prepared: Prepared, tokenizer: Tokenizer) -> None:
     """Raise `InputError` if a folder was made with another tokenizer."""
     theirs = prepared.manifest["tokenizer"]
     if theirs["hash"] != tokenizer.hash:
+        have = f"{theirs['spec']} ({theirs['vocab_size']} ids, {theirs['hash'][:8]})"
+        want = f"{tokenizer.spec} ({tokenizer.vocab_size} ids, {tokenizer.hash[:8]})"
         raise InputError(
-            f"{prepared.folder} was prepared with the tokenizer {_describe(theirs['spec'], theirs['vocab_size'], theirs['hash'])} and "
-            f"data.tokenizer is {_describe(tokenizer.spec, tokenizer.vocab_size, tokenizer.hash)}; "
+            f"{prepared.folder} was prepared with the tokenizer {have} and data.tokenizer is {want}; "
             "set data.tokenizer to that one, or prepare the text again."
         )
-
-
-def _describe(spec: str, vocab: int, digest: str) -> str:
-    return f"{spec} ({vocab} ids, {digest[:8]})"
 
 
 def write_manifest(

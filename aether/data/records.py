@@ -144,7 +144,7 @@ def tfds_builder(path: str, folder: str) -> Any:
         raise InputError(f"{path}: TFDS has no data set {name!r} in {where} ({reason}); see data.tfds_dir.") from e
     if not builder.info.splits:
         raise InputError(
-            f"{path} is not prepared in {where}; prepare it there with TFDS, file format array_record, or set data.tfds_dir."
+            f"{path} is not prepared in {where}; prepare it with TFDS (file format array_record) or set data.tfds_dir."
         )
     if builder.info.file_format.value != "array_record":
         have = builder.info.file_format.value

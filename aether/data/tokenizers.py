@@ -14,6 +14,7 @@ import numpy as np
 from aether.errors import InputError, StorageError
 
 EOT = "<|endoftext|>"
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 PIECE = 1 << 18  # characters encoded at a time
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # No GPT-2 token reaches from a printing character over a space or newline, so a cut there changes nothing.
@@ -140,6 +141,8 @@ class SentencePiece(Tokenizer):
             raise InputError(f"{spec} is not a SentencePiece model; give a .model file as data.tokenizer.") from e
         pieces = [self._piece(i) for i in range(self._model.vocab_size())]
         eot = next((i for i in (self._model.eos_id(), self._model.bos_id()) if i >= 0), len(pieces))
+        spelled = {pieces[i]: i for i in range(len(pieces)) if self._model.is_byte(i)}
+        self._mark = [spelled[bytes([b])] for b in SPACE_MARK.encode()] if spelled else self._model.encode(SPACE_MARK)
         super().__init__(spec, pieces + [b""] * (eot == len(pieces)), eot, {"tokenizer.model": model})
 
     def _piece(self, i: int) -> bytes:
@@ -148,10 +151,14 @@ class SentencePiece(Tokenizer):
             return bytes([int(name[3:5], 16)])  # "<0x41>"
         if self._model.is_control(i) or self._model.is_unknown(i):
             return b""
-        return name.replace("\u2581", " ").encode()
+        return name.replace(SPACE_MARK, " ").encode()
 
     def _encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        first, *rest = text.split(SPACE_MARK)
+        ids = self._model.encode(first)
+        for part in rest:  # the model takes this character for a space: spell it in bytes
+            ids += self._mark + self._model.encode(part)
+        return ids
 
 
 class GPT2(Tokenizer):
