@@ -211,6 +211,19 @@ class TrainConfig(Section, prefix="train"):
     profile_steps: str = knob("", "a:b writes a profiler trace of steps a+1 to b", free=True)
     wandb: str = knob("", "Weights & Biases project to log to (empty: none)", free=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.profile_span()
+
+    def profile_span(self) -> range:
+        """Return the steps (counted from 0) that `profile_steps` names."""
+        first, _, last = self.profile_steps.partition(":")
+        if not self.profile_steps:
+            return range(0)
+        if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise InputError(f"train.profile_steps is {self.profile_steps!r}; write two whole numbers as in 10:20.")
+        return range(int(first), int(last))
+
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section, prefix="checkpoint"):

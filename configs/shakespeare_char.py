@@ -5,7 +5,7 @@ What:     nanoGPT's setting for a CPU: 4 layers, 4 heads, width 128, context 64,
           no biases in linear maps, so that they differ in the ⵟ units and the normalisation alone.
 Command:  python -m launch.train --config=configs/shakespeare_char.py --config.data.path=tinyshakespeare.txt
 Baseline: the same with --config.model.kind=gpt2 --workdir=runs/shakespeare_gpt2
-Data:     1,115,394 characters, from https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+Data:     1,115,394 characters, the file that nanoGPT and char-rnn use (`tinyshakespeare`, public domain).
 Time:     about 2 minutes on two cores.
 Result:   nanoGPT publishes a validation loss of 1.88 nats for its setting; ours: see LOG.md.
 """

@@ -1,0 +1,1 @@
+"""Evaluation: scores of a model on text, and runs loaded from their folder."""

@@ -1,0 +1,211 @@
+"""The training loop, one for every model and loss."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from aether import parallel
+from aether.config import Config
+from aether.data.loader import batch_ids, train_batches, validation_batches
+from aether.data.tokenizers import Tokenizer
+from aether.errors import CheckError, Stopped
+from aether.evaluate.metrics import make_scorer
+from aether.train.flops import flops_per_token, peak_flops
+from aether.train.profile import Profiler
+from aether.train.report import Reporter, finished
+from aether.train.setup import Run, say, start
+
+
+def train(config: Config, workdir: str, *, started: float | None = None) -> None:
+    """Train from the config, or go on with the run in `workdir`, until `train.steps` updates are made.
+
+    Args:
+      config: as built, not resolved.
+      workdir: a folder, or gs:// or s3://.
+      started: `time.perf_counter()` when the process began, for the times of the start-up.
+
+    Raises:
+      Stopped: a signal came; everything is saved.
+      CheckError: too many non-finite steps in a row.
+    """
+    run = start(config, workdir, time.perf_counter() if started is None else started)
+    if run is None:
+        return
+    c, state, step = run.config, run.state, run.start
+    with reporter_of(run) as reporter, stop_signals() as stop, Profiler(run) as profiler:
+        evaluate = Evaluator(run, reporter)
+        meter = Meter(run, reporter)
+        if step and evaluate.due(step):
+            evaluate(step, state)
+        batches = train_batches(run.corpus, c.data, c.train.seed, step, jax.process_index(), jax.process_count())
+        meter.begin()
+        while step < c.train.steps:
+            profiler(step)
+            batch = parallel.to_global(meter.waiting(next, batches), run.mesh)
+            state, metrics = run.step(state, batch)
+            step += 1
+            meter(step, metrics)
+            last = step == c.train.steps
+            if not (last or stop() or evaluate.due(step) or divides(c.checkpoint.every, step)):
+                continue
+            meter.finish()
+            loss = evaluate(step, state) if evaluate.due(step) and not stop() else None
+            if last or stop() or divides(c.checkpoint.every, step):
+                reporter.flush()
+                run.checkpoints.save(step, state, meta={}, loss=loss)
+            if stop() and not last:
+                run.checkpoints.close()
+                raise Stopped(f"Stopped by {stop()} and saved at step {step} of {c.train.steps}; the same command goes on.")
+            meter.begin()
+        run.checkpoints.close()
+    say(finished(run.workdir))
+
+
+def divides(every: int, step: int) -> bool:
+    """Return whether something that happens `every` steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], str]]:
+    """Note SIGTERM and Ctrl-C instead of dying of them; yields a function that names the one that came, or "".
+
+    A second Ctrl-C interrupts at once.
+    """
+    seen: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(signal.Signals(number).name)
+        say(f"{seen[0]}: saving at the end of this step")
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: seen[0] if seen else ""
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def reporter_of(run: Run) -> Reporter:
+    """Make the reporter of a run."""
+    c = run.config
+    return Reporter(
+        run.workdir,
+        total_steps=c.train.steps,
+        start_step=run.start,
+        name=run.workdir.path.rstrip("/").rsplit("/", 1)[-1],
+        config=c.to_json(),
+        primary=run.workdir.primary,
+        log_every=c.train.log_every,
+        wandb=c.train.wandb,
+        parameters=sum(p.size for p in jax.tree.leaves(run.state.params)),
+    )
+
+
+class Meter:
+    """Turns the metrics of steps into lines, one step late so that the device never waits for the host.
+
+    Adds `tokens_per_second`, `mfu` and `data_wait` (share of the time) over the steps since the line before; pauses for
+    evaluations and saves do not count.
+    """
+
+    def __init__(self, run: Run, reporter: Reporter):
+        self.run, self.reporter = run, reporter
+        peak = peak_flops(list(run.mesh.devices.flat))
+        self.flops_share = flops_per_token(run.config, run.state.params) / peak if peak else None
+        self.late: tuple[int, dict[str, jax.Array]] | None = None
+
+    def begin(self) -> None:
+        """Start the clock, at first or after a pause."""
+        self.clock, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self, function: Callable, *args: Any) -> Any:
+        """Call a function and count its time as waiting for data."""
+        begin = time.perf_counter()
+        result = function(*args)
+        self.waited += time.perf_counter() - begin
+        return result
+
+    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics of a step, and report those of the step before."""
+        self.finish()
+        self.late = step, metrics
+
+    def finish(self) -> None:
+        """Report what is still late."""
+        if self.late is None:
+            return
+        step, metrics = self.late
+        self.late = None
+        self.steps += 1
+        if step % self.run.config.train.log_every and step != self.run.config.train.steps:
+            return
+        values: dict[str, float | None] = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds = now - self.clock
+        rate = self.steps * self.run.config.data.batch_size * self.run.config.data.context / seconds
+        mfu = None if self.flops_share is None else rate * self.flops_share
+        values |= dict(tokens_per_second=rate, mfu=mfu, data_wait=self.waited / seconds)
+        in_a_row = int(values.pop("skipped_in_a_row") or 0)
+        self.reporter.train(step, values)
+        self.begin()
+        if in_a_row:
+            self._complain(step, in_a_row)
+
+    def _complain(self, step: int, in_a_row: int) -> None:
+        c = self.run.config
+        self.reporter.say(f"step {step}: the loss or gradient is not finite; update skipped ({in_a_row} in a row)")
+        if in_a_row < c.train.max_skipped:
+            return
+        self.reporter.flush()
+        steps = range(step - in_a_row, step)
+        ids = [f"step {s + 1}: {' '.join(batch_ids(self.run.corpus, c.data, c.train.seed, s))}" for s in steps]
+        raise CheckError(
+            f"{in_a_row} steps in a row were not finite (train.max_skipped is {c.train.max_skipped}); lower "
+            f"optim.learning_rate or look at these batches (text:sequence): {'; '.join(ids)}."
+        )
+
+
+@dataclass
+class Evaluator:
+    """Scores the validation sets, shows a sample, and draws the curves."""
+
+    run: Run
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.score = make_scorer(run.graph, run.loss, run.corpus.tokenizer.token_bytes, run.mesh)
+        self.sampler = None
+
+    def due(self, step: int) -> bool:
+        """Return whether an evaluation belongs after `step` and is not written down yet."""
+        train = self.run.config.train
+        wanted = step == train.steps or divides(train.eval_every, step)
+        return wanted and not all(self.reporter.has(step, name) for name in self.run.corpus.validation)
+
+    def __call__(self, step: int, state: Any) -> float | None:
+        """Evaluate the (averaged) parameters; return the loss on the first validation set."""
+        c, run = self.run.config, self.run
+        params = state.params if state.ema is None else state.ema
+        losses = []
+        for name in run.corpus.validation:
+            batches = validation_batches(
+                run.corpus, c.data, name, c.train.eval_batches, jax.process_index(), jax.process_count()
+            )
+            scores = self.score(params, batches)
+            losses.append(scores["loss"])
+            self.reporter.validation(step, name, scores)
+        if self.sampler:
+            self.reporter.sample(step, self.sampler(params))
+        self.reporter.curves()
+        return losses[0] if losses else None
+
+
