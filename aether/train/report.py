@@ -4,6 +4,7 @@ The training thread only writes its JSON line and the progress line; everything 
 """
 
 import bisect
+import contextlib
 import datetime
 import html
 import importlib.util
@@ -180,7 +181,9 @@ class Console:
 
             tqdm.monitor_interval = 0  # no thread: this class decides when to redraw
             layout = "step {n_fmt}/{total_fmt} |{bar}| {desc}"
-            self._bar = tqdm(total=self._total, file=self._stream, bar_format=layout, dynamic_ncols=True)
+            self._bar = tqdm(total=self._total, file=self._stream, bar_format=layout, ncols=80, nrows=20, initial=step)
+        with contextlib.suppress(OSError):
+            self._bar.ncols = os.get_terminal_size(self._stream.fileno()).columns or 80  # some report no size
         self._bar.n = step
         self._bar.set_description_str(text, refresh=False)
         self._bar.refresh()
@@ -287,17 +290,13 @@ class WandB:
     """One Weights & Biases run per run folder; a restart goes on with it, without repeating steps it has."""
 
     def __init__(self, workdir: Workdir, project: str, name: str, config: dict, furthest: int) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise InputError(
-                f'train.wandb is {project!r} but wandb is not installed; pip install "aether[wandb]" or leave it empty.'
-            )
         import wandb
 
         saved = workdir.read_json(WANDB) if workdir.exists(WANDB) else {}
         if saved.get("project") != project:
             saved = {"project": project, "id": secrets.token_hex(4), "logged": -1}
-        self._logged = saved["logged"]
-        workdir.write_json(WANDB, saved | {"logged": max(furthest, self._logged)})
+        self._logged = max(furthest, saved["logged"])
+        workdir.write_json(WANDB, saved | {"logged": self._logged})
         try:
             self._run = wandb.init(
                 project=project,
@@ -360,6 +359,7 @@ class Reporter:
         parameters: int = 0,
         stream: TextIO | None = None,
     ) -> None:
+        check_wandb(wandb)
         data = config.get("data", {})
         self.name, self.parameters = name, parameters
         self._workdir, self._primary = workdir, primary
@@ -371,7 +371,13 @@ class Reporter:
             return
         self._console = Console(stream or sys.stderr, total_steps, self._tokens_per_step)
         self._board = TensorBoard(workdir.local / "tensorboard", start_step)
-        self._wandb = WandB(workdir, wandb, name, config, self._metrics.furthest) if wandb else None
+        self._wandb: WandB | None = None
+        if wandb:
+            try:
+                self._wandb = WandB(workdir, wandb, name, config, self._metrics.furthest)
+            except InputError:
+                self._metrics.close()
+                raise
         self._background = Background(self.say)
         if self._metrics.dropped:
             self.say(f"{METRICS}: dropped {self._metrics.dropped} lines beyond step {start_step} or torn.")
@@ -472,6 +478,14 @@ class Reporter:
             write_atomic(self._workdir.file(CURVES), draw(curves, title, self._tokens_per_step))
 
 
+def check_wandb(project: str) -> None:
+    """Refuse a W&B project where wandb is not installed; cheap, so that a command can ask before it does anything."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f'train.wandb is {project!r} but wandb is not installed; pip install "aether[wandb]" or leave it empty.'
+        )
+
+
 def finished(workdir: Workdir) -> str:
     """Say in a line where a run has ended: its last step and its last validation losses."""
     curves = Metrics(workdir.file(METRICS)).curves
@@ -499,8 +513,7 @@ def _short(number: float) -> str:
     """Write a count with three digits: 950, 12.3k, 1.24M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            digits = max(0, 2 - int(math.log10(number / size)))
-            return f"{number / size:.{digits}f}{unit}"
+            return f"{float(f'{number / size:.3g}'):g}{unit}"
     return f"{number:.0f}"
 
 
@@ -509,30 +522,34 @@ def draw(curves: Mapping[str, Curve], title: str, tokens_per_step: int = 0) -> b
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.25), dpi=160, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(10, 6.25), dpi=160, facecolor="white")
+    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     _style(upper)
     _style(lower)
     _draw_losses(upper, curves)
-    steps, rate = _finite(curves["train"].steps, curves["train"].rate)
+    steps, rate = _envelope(*_finite(curves["train"].steps, curves["train"].rate))
     lower.fill_between(steps, rate, color=MUTED, alpha=0.15, linewidth=0)
     lower.plot(steps, rate, color=MUTED, linewidth=1.8)
     lower.set_ylim(bottom=0)
-    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    lower.set_ylabel("learning rate", fontsize=11, color=INK)
+    lower.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    lower.locator_params(axis="y", nbins=3)
+    lower.set_ylabel("learning rate", fontsize=12, color=INK)
     lower.set_xlabel("step", fontsize=13, color=INK)
     upper.set_ylabel("loss (nats per token)", fontsize=13, color=INK)
-    upper.set_title(title, fontsize=17, fontweight="bold", color=INK, loc="left", pad=14)
+    upper.set_title(title, fontsize=17, fontweight="bold", color=INK, loc="left", pad=10)
     last = max(curve.steps[-1] for curve in curves.values())
     lower.set_xlim(0, last * 1.02)
+    lower.locator_params(axis="x", integer=True)
     lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if tokens_per_step:
         tokens = upper.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
-        tokens.xaxis.set_major_formatter(lambda value, _: _short(value))
-        tokens.tick_params(labelsize=11, colors=MUTED, length=0)
-        tokens.set_xlabel("tokens", fontsize=11, color=MUTED, loc="right")
+        tokens.xaxis.set_major_formatter(lambda value, _: f"{_short(value)} tokens" if value else "")
+        tokens.locator_params(axis="x", nbins=5)
+        tokens.tick_params(labelsize=11, labelcolor=MUTED, color=MUTED, length=4)
         tokens.spines["top"].set_visible(False)
+    figure.align_ylabels()
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a run's name may be in any script
@@ -543,23 +560,23 @@ def draw(curves: Mapping[str, Curve], title: str, tokens_per_step: int = 0) -> b
 def _draw_losses(axis: Any, curves: Mapping[str, Curve]) -> None:
     """Draw the training loss, raw and smoothed, and each validation set; choose the y range."""
     steps, loss = _finite(curves["train"].steps, curves["train"].loss)
+    if not len(loss):
+        return
     smooth = _smooth(loss)
     axis.plot(*_envelope(steps, loss), color=TRAIN, alpha=0.22, linewidth=0.8)
-    axis.plot(*_envelope(steps, smooth), color=TRAIN, linewidth=2.2, label="train")
-    lowest, highest = list(smooth[-1:]), list(smooth[:1])
-    for color, (name, curve) in zip(itertools.cycle(SETS), sorted(curves.items()), strict=False):
-        if name == "train":
-            continue
+    axis.plot(*_envelope(steps, smooth), color=TRAIN, linewidth=2.4, label=f"train  {smooth[-1]:.3f}")
+    lowest, highest = [smooth[-1], np.percentile(loss, 0.5)], [smooth[len(smooth) // 100]]
+    sets = (item for item in sorted(curves.items()) if item[0] != "train")
+    for color, (name, curve) in zip(itertools.cycle(SETS), sets, strict=False):
         x, y = _finite(curve.steps, curve.loss)
         if len(x):
-            text = f"{name}  {y[-1]:.3f}"
-            axis.plot(x, y, color=color, linewidth=2, marker="o", markersize=5, markeredgecolor="white", label=text)
+            line = dict(color=color, linewidth=2, marker="o", markersize=6, markeredgecolor="white")
+            axis.plot(x, y, label=f"{name}  {y[-1]:.3f}", **line)
             lowest.append(y.min())
-    if len(loss):
-        lowest.append(np.percentile(loss, 0.5))
-        margin = 0.06 * (max(highest) - min(lowest)) or 0.1
-        axis.set_ylim(min(lowest) - margin, max(highest) + margin)
-        axis.legend(fontsize=13, frameon=False, labelcolor=INK, loc="upper right")
+            highest.append(y[-1])
+    margin = 0.06 * (max(highest) - min(lowest)) or 0.1
+    axis.set_ylim(min(lowest) - margin, max(highest) + margin)
+    axis.legend(fontsize=14, frameon=False, labelcolor=INK, loc="upper right")
 
 
 def _style(axis: Any) -> None:
@@ -579,10 +596,10 @@ def _finite(steps: array, values: array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average over a centred window of 2 % of the points, narrower at the start, where the loss falls fast."""
+    """Average over a centred window of a thirtieth of the points, narrower at the start, where the loss falls fast."""
     n = len(values)
     i = np.arange(n)
-    half = np.minimum(max(2, n // 100), i)
+    half = np.minimum(max(3, n // 60), i)
     total = np.concatenate([[0.0], np.cumsum(values)])
     low, high = i - half, np.minimum(i + half + 1, n)
     return (total[high] - total[low]) / (high - low)
