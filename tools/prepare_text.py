@@ -56,7 +56,7 @@ def define() -> flags.FlagValues:
         lower_bound=-1,
         flag_values=values,
     )
-    flags.DEFINE_float("validation_fraction", 0.1, "share held out as the split `validation`", values)
+    flags.DEFINE_float("validation_fraction", 0.1, "share held out as the split `validation`", flag_values=values)
     flags.DEFINE_string("text_key", "text", "the field with the text in JSONL, Parquet and TFDS records", values)
     flags.DEFINE_string("tfds_dir", "", "where TFDS data sets lie prepared", values)
     flags.DEFINE_integer(

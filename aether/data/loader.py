@@ -191,16 +191,34 @@ def _stack(windows: list[Window]) -> Batch:
 
 
 def _read_ahead(batches: _TrainBatches, config: DataConfig) -> Iterator[Batch]:
-    """Read batches in order ahead of their use, in a thread or in worker processes."""
+    """Read batches in order ahead of their use, from now on, in a thread or in worker processes."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
     ahead = grain.MapDataset.source(batches).to_iter_dataset(options)
+    if config.workers:
+        # A pipe is quick enough for token ids, and shared memory would outlive a killed run.
+        pipe = grain.experimental.DatasetOptions(min_shm_size=1 << 40)
+        each = max(1, config.prefetch // config.workers)
+        processes = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=each)
+        ahead = grain.experimental.WithOptionsIterDataset(ahead, pipe).mp_prefetch(processes)
+    iterator = iter(ahead)
     if not config.workers:
-        return iter(ahead)
-    # A pipe is quick enough for token ids, and shared memory would outlive a killed run.
-    pipe = grain.experimental.DatasetOptions(min_shm_size=1 << 40)
-    each = max(1, config.prefetch // config.workers)
-    processes = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=each)
-    return iter(grain.experimental.WithOptionsIterDataset(ahead, pipe).mp_prefetch(processes))
+        iterator.start_prefetch()
+    return _drain(iterator)
+
+
+def _drain(iterator: grain.DatasetIterator) -> Iterator[Batch]:
+    """Pass batches on; closing this ends the threads or processes behind it."""
+    try:
+        yield from iterator
+    except Exception as e:
+        if type(e).__name__ == "UnparsedFlagAccessError":
+            raise InputError(
+                "data.workers above 0 starts Grain's processes, which read absl's flags: "
+                "call absl.flags.FLAGS.mark_as_parsed() before, or set data.workers=0."
+            ) from e
+        raise
+    finally:
+        iterator.close()
 
 
 def train_batches(

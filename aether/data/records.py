@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
@@ -32,8 +33,6 @@ def storage(file: str) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, lzma.LZMAError) as e:
         raise InputError(f"{file} is damaged or not compressed as its name says ({e}).") from e
     except OSError as e:
-        if "zstd" in str(e).lower():
-            raise InputError(f"{file} is damaged or not compressed as its name says ({e}).") from e
         raise StorageError(f"{file} cannot be read: {e.strerror or e}.") from e
 
 
@@ -44,32 +43,58 @@ def open_binary(file: str) -> IO[bytes]:
     if file.endswith(".xz"):
         return lzma.open(file, "rb")
     if file.endswith(".zst"):
-        import zstandard
-
-        return zstandard.open(file, "rb")
+        return io.BufferedReader(_Zstd(file), 1 << 20)
     return open(file, "rb")
 
 
 def read_bytes(file: str) -> bytes:
     """Return all of a file, decompressed."""
-    with storage(file), _zstd_errors(), open_binary(file) as f:
+    with storage(file), open_binary(file) as f:
         return f.read()
 
 
-@contextlib.contextmanager
-def _zstd_errors() -> Iterator[None]:
-    """Raise zstandard's own error as an `OSError`, without importing the package for other files."""
-    try:
-        yield
-    except Exception as e:
-        if type(e).__module__.partition(".")[0] == "zstandard":
-            raise OSError(f"zstd: {e}") from e
-        raise
+class _Zstd(io.RawIOBase):
+    """A stream of zstd frames; unlike zstandard's own reader it raises `EOFError` where a file was cut off."""
+
+    def __init__(self, file: str):
+        self._chunks = self._decompressed(file)
+        self._left = b""
+
+    def _decompressed(self, file: str) -> Iterator[bytes]:
+        import zstandard
+
+        frame = None
+        with open(file, "rb") as f:
+            while raw := f.read(1 << 18):
+                while raw:
+                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                    try:
+                        yield frame.decompress(raw)
+                    except zstandard.ZstdError as e:
+                        raise EOFError(str(e)) from e
+                    raw, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame is not None:
+            raise EOFError("it ends within a frame")
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as one piece goes; 0 at the end."""
+        while not self._left:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._left = chunk
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
 
 
 def read_jsonl(file: str, name: str, key: str) -> Iterator[Document]:
     """Yield the text under `key` of each JSON line."""
-    with storage(file), _zstd_errors(), open_binary(file) as f:
+    with storage(file), open_binary(file) as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 yield f"{name}:{number}", _line_text(line, key, f"{file} line {number}")

@@ -17,12 +17,12 @@ EOT = "<|endoftext|>"
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 PIECE = 1 << 18  # characters encoded at a time
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# No GPT-2 token reaches from a printing character over a space or newline, so a cut there changes nothing.
-_CUT = re.compile(r"[^\s\x1c-\x1f](?=[ \n])")
+# Neither GPT-2's pieces nor SentencePiece's reach from a printing character over a space: a cut there changes nothing.
+_CUT = re.compile(r"[^\s\x1c-\x1f](?= )")
 
 
 def split_text(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cut a long text before spaces or newlines into pieces of `size` characters or a little more."""
+    """Cut a long text before spaces into pieces of `size` characters or a little more."""
     begin = 0
     while begin < len(text):
         found = _CUT.search(text, begin + size - 1) if len(text) - begin > size else None
