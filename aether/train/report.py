@@ -431,11 +431,9 @@ class Reporter:
         """Draw `curves.png` in the background; asked again before that has begun, it is drawn once."""
         if not (self._primary and "train" in self._metrics.curves):
             return
-        queued = self._pending is not None
         self._pending = {split: curve.copy() for split, curve in self._metrics.curves.items()}
         self._undrawn = False
-        if not queued:
-            self._background.put(CURVES, self._draw)
+        self._background.put(CURVES, self._draw)
 
     def flush(self) -> None:
         """Return once every line of `metrics.jsonl` is safe, on the remote too; the rest follows in the background."""
