@@ -12,9 +12,10 @@ import jax
 from aether import parallel
 from aether.config import Config
 from aether.data.loader import batch_ids, train_batches, validation_batches
-from aether.data.tokenizers import Tokenizer
 from aether.errors import CheckError, Stopped
 from aether.evaluate.metrics import make_scorer
+from aether.generate.decode import Decoder
+from aether.generate.text import text_stream
 from aether.train.flops import flops_per_token, peak_flops
 from aether.train.profile import Profiler
 from aether.train.report import Reporter, finished
@@ -183,7 +184,10 @@ class Evaluator:
     def __post_init__(self) -> None:
         run = self.run
         self.score = make_scorer(run.graph, run.loss, run.corpus.tokenizer.token_bytes, run.mesh)
-        self.sampler = None
+        tokenizer = run.corpus.tokenizer
+        self.decoder = Decoder(
+            run.graph, run.config.data.context, tokenizer.eot, tokenizer.vocab_size, run.mesh if jax.process_count() > 1 else None
+        )
 
     def due(self, step: int) -> bool:
         """Return whether an evaluation belongs after `step` and is not written down yet."""
@@ -203,9 +207,14 @@ class Evaluator:
             scores = self.score(params, batches)
             losses.append(scores["loss"])
             self.reporter.validation(step, name, scores)
-        if self.sampler:
-            self.reporter.sample(step, self.sampler(params))
+        if c.train.sample_tokens:
+            self.reporter.sample(step, self.sample(params))
         self.reporter.curves()
         return losses[0] if losses else None
 
-
+    def sample(self, params: Any) -> str:
+        """Return `train.sample_prompt` and what the model writes after it."""
+        c, tokenizer = self.run.config.train, self.run.corpus.tokenizer
+        settings = dict(temperature=0.8, seed=c.seed)
+        pieces = text_stream(self.decoder, params, tokenizer, c.sample_prompt, c.sample_tokens, **settings)
+        return c.sample_prompt + "".join(pieces)
