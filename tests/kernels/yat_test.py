@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aether.kernels.yat import unit, yat, yat_reference
+from aether.testing import equations
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 1e-2}  # times kappa, the condition of the distance
 NAMES = ("x", "w", "bias", "alpha", "epsilon")
@@ -86,6 +87,7 @@ CASES = [
     ),
     pytest.param(dict(near=0.05, epsilon=1e-2), {}, id="near"),
     pytest.param(dict(near=0.05, epsilon=1e-2), dict(spherical=True), id="spherical, near"),
+    pytest.param(dict(near=0.0), {}, id="equal"),
     pytest.param(dict(near=0.05, negative=True), dict(nonnegative_bias=False), id="near, negative"),
 ]
 
@@ -106,3 +108,120 @@ def test_value_and_gradients_are_those_of_the_formula(rng, case, options, dtype)
             assert (np.abs(grad - right) <= bound * size).all(), name
         else:
             assert np.linalg.norm(grad - right) <= bound * np.linalg.norm(right), name
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("nonnegative_bias", [False, True])
+def test_the_edges_are_finite(rng, dtype, spherical, nonnegative_bias):
+    """x = w (where the expanded distance is clamped), x = 0, w = 0, and n = 0, in one call."""
+    args = make(rng, (8, 48, 8), near=0.0, epsilon=1e-3)
+    args[0][1], args[1][:, 1] = 0.0, 0.0
+    args[1][:, 2:6] = args[0][2:6].T
+    args[2][:4] = 0.0  # with x = 0 or w = 0: n = 0
+    given, exact = rounded(args, dtype)
+    y, grads = run(given, np.ones((8, 8)), spherical=spherical, nonnegative_bias=nonnegative_bias)
+    assert np.isfinite(y).all() and (y >= 0).all()
+    assert y[1, 1] == 0 and y[0, 0] > 0
+    assert all(np.isfinite(g).all() for g in grads)
+    if dtype == "float32" and not spherical:
+        bound = BOUNDS[dtype] * kappa(exact[0], exact[1], exact[4].min(), False)
+        assert np.abs(y - formula(*exact)).max() <= bound * formula(*exact).max()
+
+
+@pytest.mark.parametrize("nonnegative_bias", [False, True])
+def test_where_the_distance_is_clamped_the_rest_is_differentiated(rng, nonnegative_bias):
+    """Rounded to bfloat16, some unit vectors are longer than 1: then 2 − 2 x̂·ŵ < 0, and y = (‖x̂‖² + b)²/ε."""
+    x = rng.normal(size=(64, 16))
+    square = np.sum(np.asarray(unit(jnp.asarray(x, jnp.bfloat16)), np.float64) ** 2, -1)
+    longest = square.argmax()
+    n = square[longest] + 0.25
+    assert n > 1.25
+    given, _ = rounded([x[[longest]], x[[longest]].T, np.array([0.25]), np.array([1.0]), np.array([0.5])], "bfloat16")
+    y, grads = run(given, [[1.0]], spherical=True, nonnegative_bias=nonnegative_bias)
+    np.testing.assert_allclose(
+        [y.item(), *(g.item() for g in grads[2:])], [n**2 / 0.5, 4 * n, n**2 / 0.5, -(n**2) / 0.25], rtol=1e-2
+    )
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("nonnegative_bias", [False, True])
+def test_backward_keeps_one_number_an_output(rng, dtype, nonnegative_bias):
+    given, _ = rounded(make(rng, (40, 3, 30)), dtype)
+
+    def f(x, w, bias, alpha, epsilon):
+        return yat(x, w, bias=bias, alpha=alpha, epsilon=epsilon, nonnegative_bias=nonnegative_bias)
+
+    kept = [leaf for leaf in jax.tree.leaves(jax.vjp(f, *given)[1]) if leaf.size >= 40 * 30]
+    assert len(kept) == 1 and kept[0].shape == (40, 30)
+    assert kept[0].dtype == (dtype if nonnegative_bias else "float32")
+
+
+def test_products_take_bfloat16_and_accumulate_in_float32(rng):
+    given, _ = rounded(make(rng, (5, 6, 4), heads=True), "bfloat16")
+
+    def f(x, w, bias, alpha, epsilon):
+        return yat(x, w, bias=bias, alpha=alpha, epsilon=epsilon, spherical=True).sum()
+
+    def products(g):
+        return [e for e in equations(jax.make_jaxpr(g)(*given).jaxpr) if e.primitive.name == "dot_general"]
+
+    assert [e.outvars[0].aval.dtype for e in products(f)] == ["float32"]
+    both = products(jax.grad(f, (0, 1, 2, 3, 4)))
+    assert len(both) >= 3  # forward, for x, for w
+    assert {v.aval.dtype.name for e in both for v in e.invars} == {"bfloat16"}
+
+
+def test_the_result_may_have_another_dtype(rng):
+    given, _ = rounded(make(rng, (5, 6, 4)), "bfloat16")
+    for options, dtype in [({}, "bfloat16"), (dict(dtype=jnp.dtype("float32")), "float32")]:
+        assert jax.eval_shape(lambda x, w: yat(x, w, **options), *given[:2]).dtype == dtype  # noqa: B023
+
+
+def test_leading_axes_broadcast_as_in_matmul(rng):
+    x, w = rng.normal(size=(3, 2, 5, 6)), rng.normal(size=(2, 6, 4))
+    args = [x, w, np.full((2, 1, 1), 0.2), np.array([1.0]), np.array([0.4])]
+    given, exact = rounded(args, "float32")
+    cotangent = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
+    y, grads = run(given, cotangent)
+    np.testing.assert_allclose(y, formula(*exact), rtol=1e-4)
+    for grad, lead in zip(grads[:2], (x.shape, w.shape), strict=True):
+        assert grad.shape == lead
+    want = sum(terms([exact[0][i], *exact[1:]], cotangent[i].astype(float), False)[1][0] for i in range(3))
+    np.testing.assert_allclose(grads[1], want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+
+
+def test_second_derivatives_are_those_of_the_reference(rng):
+    given, _ = rounded(make(rng, (3, 4, 2)), "float32")
+
+    def ours(x, w, bias, alpha, epsilon):
+        return yat(x, w, bias=bias, alpha=alpha, epsilon=epsilon)
+
+    def curvature(f, args):
+        gradient = jax.grad(lambda args: jnp.sum(jnp.sin(f(*args))))
+        return jax.grad(lambda args: sum(jnp.sum(g**2) for g in gradient(args)))(args)
+
+    both = jax.jit(lambda args: (curvature(ours, args), curvature(yat_reference, args)))
+    for a, b in zip(*both(given), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * float(np.abs(b).max()))
+
+
+def test_the_reference_is_the_formula(rng):
+    given, exact = rounded(make(rng, (5, 6, 4)), "float32")
+    np.testing.assert_allclose(yat_reference(*given), formula(*exact), rtol=1e-5)
+
+
+def test_a_unit_vector_has_length_one_and_zero_stays_zero():
+    x = jnp.asarray([[3.0, 4.0], [0.0, 0.0], [1e-3, 0.0]])
+    rows, columns, slopes = jax.jit(lambda x: (unit(x), unit(x.T, 0), jax.jacobian(unit)(x)))(x)
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [0.0, 0.0], [1.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(columns, rows.T)
+    assert np.isfinite(slopes).all()
+
+
+def test_operands_that_do_not_fit_are_refused():
+    x = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="float32 and w bfloat16"):
+        yat(x, jnp.ones((3, 2), jnp.bfloat16))
+    with pytest.raises(ValueError, match="rows of 3 and w columns of 2"):
+        yat(x, jnp.ones((2, 2)))
