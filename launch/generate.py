@@ -6,6 +6,7 @@ python -m launch.generate --workdir=runs/quickstart --prompt="def main(" --max_t
 import os
 import sys
 from collections.abc import Iterable
+from itertools import chain
 
 from absl import flags
 
@@ -31,10 +32,16 @@ def main(args: flags.FlagValues) -> None:
         raise InputError(f"--temperature is {args.temperature}; it takes a number of at least 0.")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top_p is {args.top_p}; it takes a number above 0 and up to 1.")
-    from aether.generate.run import generate_run
+    from aether.evaluate.load import load_run
+    from aether.generate.decode import Decoder
+    from aether.generate.text import text_streams
 
-    names = ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed", "num", "step")
-    show(generate_run(workdir, **{name: getattr(args, name) for name in names}), args.num)
+    run = load_run(workdir, args.step)
+    decoder = Decoder(run.graph, run.config.data.context, run.tokenizer.eot, run.tokenizer.vocab_size)
+    names = ("temperature", "top_k", "top_p", "seed", "num")
+    settings = {name: getattr(args, name) for name in names}
+    streams = text_streams(decoder, run.params, run.tokenizer, args.prompt, args.max_tokens, **settings)
+    show([chain([args.prompt], stream) for stream in streams], args.num)
 
 
 def show(samples: Iterable[Iterable[str]], num: int) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from aether.generate.sample import sample
 from aether.nn import KVCache
 
-CHUNK = 16  # tokens made by one call to the device
+CHUNK = 16  # most tokens made by one call to the device
 
 
 class Decoder:
@@ -74,7 +74,7 @@ class Decoder:
                 ids = self._window(ids)
                 cache, last = self.prefill(params, ids[:, :-1]), ids[:, -1]
                 room = self.context - ids.shape[1] + 1
-            limit = min(CHUNK, room, max_tokens - made)
+            limit = min(CHUNK, made + 1, room, max_tokens - made)  # few at first: they show at once
             settings = dict(temperature=temperature, top_k=top_k, top_p=top_p)
             cache, last, alive, out = self._decode(params, cache, last, alive, seed, made, limit, settings)
             for row in np.asarray(out)[:limit]:

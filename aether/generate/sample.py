@@ -10,7 +10,9 @@ from jax import Array
 _COLDEST = 1e-30  # division by a smaller temperature would overflow; at this one the draw is an argmax already
 
 
-def sample(logits: Array, keys: Array, *, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:
+def sample(
+    logits: Array, keys: Array, *, temperature: Array | float, top_k: Array | int, top_p: Array | float
+) -> Array:
     """Draw one id a row from softmax(logits / temperature), restricted to the likeliest.
 
     Args:
@@ -18,7 +20,7 @@ def sample(logits: Array, keys: Array, *, temperature: Array | float, top_k: Arr
       keys: (b,) random keys, so that a row's draw does not depend on the other rows.
       temperature: 0 takes the likeliest id.
       top_k: draw among the k likeliest ids; 0: all.
-      top_p: then draw among the fewest likeliest ids that hold this share of what is left (Holtzman et al., 2019); 1: all.
+      top_p: then among the fewest likeliest that hold this share of what is left (Holtzman et al., 2019); 1: all.
 
     Returns:
       (b,) int32. Of equal logits the lower id counts as likelier. The three numbers may be traced.

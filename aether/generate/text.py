@@ -19,7 +19,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Any:
     try:
         return tokenizer.encode(prompt.encode())
     except UnicodeEncodeError as e:
-        raise InputError(f"The prompt is not UTF-8 at character {e.start}; give text in the terminal's encoding.") from e
+        raise InputError(
+            f"The prompt is not UTF-8 at character {e.start}; give text in the terminal's encoding."
+        ) from e
     except InputError as e:
         raise InputError(f"The prompt {prompt!r} cannot be encoded: {e}") from e
 
@@ -36,9 +38,7 @@ def text_streams(
     """
     ids = encode_prompt(tokenizer, prompt)
     steps = decoder.stream(params, ids, max_tokens, num=num, **settings)
-    return [
-        decode_stream(tokenizer, (int(row[i]) for row in copy)) for i, copy in enumerate(itertools.tee(steps, num))
-    ]
+    return [decode_stream(tokenizer, _column(copy, i)) for i, copy in enumerate(itertools.tee(steps, num))]
 
 
 def text_stream(
@@ -59,3 +59,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def _column(steps: Iterable[Any], i: int) -> Iterator[int]:
+    return (int(ids[i]) for ids in steps)
