@@ -357,7 +357,7 @@ class Checkpoints:
                     f"No space is left for checkpoints in {self.directory}; free some or choose another workdir. "
                     "Earlier checkpoints are untouched."
                 ) from e
-            raise StorageError(f"Cannot write checkpoints in {self.directory}: {_line(e)}") from e
+            raise StorageError(f"Cannot write checkpoints in {self.directory}: {_line(list(_chain(e))[-1])}") from e
 
 
 def _owned(leaf: Any) -> Any:
@@ -431,7 +431,7 @@ def _files(folder: Any) -> Iterator[Any]:
     for item in folder.iterdir():
         if item.is_dir():
             yield from _files(item)
-        elif item.name != MARKER:
+        else:
             yield item
 
 

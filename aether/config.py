@@ -30,9 +30,19 @@ SIZES: dict[str, dict[str, int]] = {
 
 # What `model.kind` decides; LOG.md has the measurements behind the Aether row.
 KINDS: dict[str, dict[str, Any]] = {
-    "aether": dict(attention="yat", mlp="yat", norm="none", position="rotary", head="untied", linear_bias="no", embed_std=1.0),
-    "gpt2": dict(attention="dot", mlp="gelu", norm="layernorm", position="learned", head="tied", linear_bias="yes", embed_std=0.02),
-}  # fmt: skip
+    "aether": dict(
+        attention="yat", mlp="yat", norm="none", position="rotary", head="untied", linear_bias="no", embed_std=1.0
+    ),
+    "gpt2": dict(
+        attention="dot",
+        mlp="gelu",
+        norm="layernorm",
+        position="learned",
+        head="tied",
+        linear_bias="yes",
+        embed_std=0.02,
+    ),
+}
 
 # Peak learning rates of the baseline: GPT-3's table (Brown et al., 2020), and a sweep for `tiny` (LOG.md).
 # AetherGPT's best rate is a multiple of it: measured at `tiny`, carried over to the other sizes.
@@ -82,7 +92,9 @@ def _checked(key: str, value: Any, f: dataclasses.Field) -> Any:
         item = typing.get_args(f.type)[1]
         for name, v in value.items():
             if type(v) is not item and not (item is float and type(v) is int):
-                raise InputError(f"{key}.{name} is {v!r} ({type(v).__name__}); it takes a value of type {item.__name__}.")
+                raise InputError(
+                    f"{key}.{name} is {v!r} ({type(v).__name__}); it takes a value of type {item.__name__}."
+                )
         return {name: item(v) for name, v in value.items()}
     low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
     if kind in (int, float):
@@ -119,10 +131,14 @@ class ModelConfig(Section, prefix="model"):
     attention_alpha: float = knob(8.0, "initial α of attention scores (learned per head)", low=0.0)
     mlp_alpha: float = knob(16.0, "initial α of hidden units (learned per layer)", low=0.0)
     yat_bias: float = knob(0.1, "initial b = softplus(bias) of ⵟ units (learned; 0: no bias)", low=0.0)
-    embed_std: float = knob(0.0, "initial standard deviation of embeddings (0: 1 for aether, 0.02 for gpt2)", low=0.0, auto=True)
+    embed_std: float = knob(
+        0.0, "initial standard deviation of embeddings (0: 1 for aether, 0.02 for gpt2)", low=0.0, auto=True
+    )
     dropout: float = knob(0.0, "dropout on embeddings and on the output of each branch", low=0.0, high=0.9)
     dtype: str = knob("bfloat16", "compute dtype (parameters stay float32)", choices=("bfloat16", "float32"))
-    remat: str = knob("none", "recompute blocks in the backward pass to save memory", choices=("none", "block"), free=True)
+    remat: str = knob(
+        "none", "recompute blocks in the backward pass to save memory", choices=("none", "block"), free=True
+    )
 
     def resolved(self, vocab: int) -> Self:
         """Decide what `kind` and `size` leave open; `vocab` is the tokenizer's number of ids."""
@@ -135,18 +151,24 @@ class ModelConfig(Section, prefix="model"):
         if new["position"] == "rotary" and width // heads % 2:
             raise InputError(f"model.width / model.heads is {width // heads}; rotary positions need it to be even.")
         if new["vocab"] < vocab:
-            raise InputError(f"model.vocab is {new['vocab']} but the tokenizer has {vocab} ids; set it to 0 or at least {vocab}.")
+            raise InputError(
+                f"model.vocab is {new['vocab']} but the tokenizer has {vocab} ids; set it to 0 or at least {vocab}."
+            )
         return dataclasses.replace(self, **new)
 
 
 @dataclass(frozen=True)
 class DataConfig(Section, prefix="data"):
-    """The text, and how batches are cut from it. A path is a file, folder, glob, prepared folder, `python:stdlib` or `tfds:NAME`."""
+    """The text, and how batches are cut from it."""
 
-    path: str = knob("python:stdlib", "the training text: file, folder, glob, prepared folder, python:stdlib or tfds:NAME")
+    path: str = knob(
+        "python:stdlib", "the training text: file, folder, glob, prepared folder, python:stdlib or tfds:NAME"
+    )
     mixture: dict[str, str] = knob({}, "several training texts, NAME -> path, instead of data.path")
     weights: dict[str, float] = knob({}, "share of each text of the mixture, NAME -> weight (default: equal)")
-    validation: dict[str, str] = knob({}, "validation texts, NAME -> path (default: `validation`, held out of the training text)")
+    validation: dict[str, str] = knob(
+        {}, "validation texts, NAME -> path (default: `validation`, held out of the training text)"
+    )
     validation_fraction: float = knob(0.1, "share held out when data.validation is empty", low=0.0, high=0.9)
     tokenizer: str = knob("bytes", "bytes, chars, a SentencePiece .model file, or gpt2:FOLDER with GPT-2's BPE files")
     text_key: str = knob("text", "the field with the text in JSONL, Parquet and TFDS records")
@@ -162,12 +184,16 @@ class DataConfig(Section, prefix="data"):
         super().__post_init__()
         if set(self.weights) - set(self.mixture):
             extra = ", ".join(sorted(set(self.weights) - set(self.mixture)))
-            raise InputError(f"data.weights names {extra}, which data.mixture does not have; it has {sorted(self.mixture)}.")
+            raise InputError(
+                f"data.weights names {extra}, which data.mixture does not have; it has {sorted(self.mixture)}."
+            )
         for name, weight in self.weights.items():
             if not (math.isfinite(weight) and weight > 0):
                 raise InputError(f"data.weights.{name} is {weight}; it takes a number above 0.")
         if "train" in self.validation:
-            raise InputError("data.validation.train is a reserved name (metrics.jsonl uses it); call the set something else.")
+            raise InputError(
+                "data.validation.train is a reserved name (metrics.jsonl uses it); call the set something else."
+            )
 
 
 @dataclass(frozen=True)
@@ -185,8 +211,13 @@ class OptimConfig(Section, prefix="optim"):
     beta2: float = knob(0.99, "decay of the second moment", low=0.0, high=0.99999)
     eps: float = knob(1e-8, "added to the root of the second moment", low=1e-30)
     weight_decay: float = knob(0.1, "decoupled decay, times the learning rate", low=0.0)
-    no_decay: str = knob(r"bias|alpha|epsilon|scale", "regular expression over parameter paths that are never decayed (vectors never are)")
-    lr_scale: dict[str, float] = knob({}, "learning rate multiplier, regular expression over paths -> factor (first match)")
+    no_decay: str = knob(
+        r"bias|alpha|epsilon|scale",
+        "regular expression over parameter paths that are never decayed (vectors never are)",
+    )
+    lr_scale: dict[str, float] = knob(
+        {}, "learning rate multiplier, regular expression over paths -> factor (first match)"
+    )
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
     momentum: float = knob(0.95, "momentum of muon", low=0.0, high=0.9999)
 
@@ -205,7 +236,9 @@ class TrainConfig(Section, prefix="train"):
     accumulate: int = knob(1, "microbatches a step is split into", low=1)
     loss_chunk: int = knob(128, "positions of a sequence whose logits exist at one time", low=1)
     z_loss: float = knob(0.0, "weight of log(Z)^2", low=0.0)
-    ema: float = knob(0.0, "decay of the averaged parameters, which evaluation then uses (0: none)", low=0.0, high=0.999999)
+    ema: float = knob(
+        0.0, "decay of the averaged parameters, which evaluation then uses (0: none)", low=0.0, high=0.999999
+    )
     max_skipped: int = knob(10, "non-finite steps in a row (each skipped) that end the run", low=1, free=True)
     init_from: str = knob("", "DIR or DIR@STEP: start from that run's parameters")
     profile_steps: str = knob("", "a:b writes a profiler trace of steps a+1 to b", free=True)
@@ -324,7 +357,9 @@ def build(values: Mapping[str, Any]) -> Config:
 def unknown_key(key: str, known: list[str]) -> str:
     """Say that `key` does not exist, with the nearest that do."""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    return f"There is no key {key}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}.")
+    return f"There is no key {key}; " + (
+        f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+    )
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any, bool]]:

@@ -15,13 +15,15 @@ Sums = dict[str, Array]
 Loss = Callable[..., tuple[Array, Sums]]
 
 
-def lm(model: Any, batch: dict[str, Array], key: Array | None, *, chunk: int = 128, z_loss: float = 0.0) -> tuple[Array, Sums]:
+def lm(
+    model: Any, batch: dict[str, Array], key: Array | None, *, chunk: int = 128, z_loss: float = 0.0
+) -> tuple[Array, Sums]:
     """Return the next-token loss summed over the scored tokens, Σ (−log p + z_loss · log² Z), and sums.
 
     Args:
       model: an `aether.models.GPT`.
-      batch: `tokens`, `segments`, `positions` (b, t + 1), read as t inputs and t targets, and `mask` (b, t): 1 where the
-        target counts.
+      batch: `tokens`, `segments`, `positions` (b, t + 1), read as t inputs and t targets, and `mask` (b, t): 1 where
+        the target counts.
       key: of dropout, or None.
       chunk: positions whose logits exist at one time.
       z_loss: weight of log² Z (Chowdhery et al., 2022).
@@ -92,7 +94,7 @@ def _scan(chunk: int, z_loss: float, grad: bool, hidden: Array, kernel: Array, t
     zero = jnp.float32(0)
     start = ((zero, zero, zero), jnp.zeros(kernel.shape, jnp.float32) if grad else None)
     (sums, d_kernel), d_hidden = jax.lax.scan(piece, start, (cut(hidden), cut(targets), cut(mask)))
-    if grad:
+    if d_hidden is not None:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(b, -1, d)[:, :t]
     return sums, d_hidden, d_kernel
 

@@ -38,7 +38,9 @@ def make_mesh(c: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
         raise InputError(f"The mesh is {named}; every size is at least 1, and only one of them may be -1.")
     fixed = math.prod(size for size in sizes if size > 0)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise InputError(f"The mesh is {named} but there are {len(devices)} devices; make the product of the sizes {len(devices)}.")
+        raise InputError(
+            f"The mesh is {named} but there are {len(devices)} devices; make the product of the sizes {len(devices)}."
+        )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes]
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -75,7 +77,10 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         for size, axis in zip(leaf.shape, partition, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise InputError(f"{name} has a dimension of {size}, which mesh.{axis}={mesh.shape[axis]} does not divide; change mesh.{axis}.")
+                raise InputError(
+                    f"{name} has a dimension of {size}, which mesh.{axis}={mesh.shape[axis]} does not divide; "
+                    f"change mesh.{axis}."
+                )
         return NamedSharding(mesh, partition)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
@@ -86,8 +91,8 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size // accumulate % ways:
         raise InputError(
-            f"data.batch_size is {batch_size}, in {accumulate} microbatches, over mesh.data x mesh.fsdp = {ways} devices; "
-            f"make it a multiple of {accumulate * ways}."
+            f"data.batch_size is {batch_size}, in {accumulate} microbatches, over mesh.data x mesh.fsdp = {ways} "
+            f"devices; make it a multiple of {accumulate * ways}."
         )
 
 

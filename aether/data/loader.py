@@ -187,7 +187,8 @@ class _TrainBatches:
 
 
 def _stack(windows: list[Window]) -> Batch:
-    return {key: np.stack([w[key] for w in windows]) for key in windows[0]}
+    # sorted, as Grain's processes hand dicts on
+    return {key: np.stack([w[key] for w in windows]) for key in sorted(windows[0])}
 
 
 def _read_ahead(batches: _TrainBatches, config: DataConfig) -> Iterator[Batch]:

@@ -37,7 +37,7 @@ def yat(
 ) -> Array:
     """Return the ⵟ-product of the rows of `x` with the columns of `w`.
 
-    y[i, j] = α (x_i·w_j + b)² / (max(‖x_i‖² + ‖w_j‖² − 2 x_i·w_j, 0) + ε); with `spherical` both are unit vectors first.
+    y[i, j] = α (x_i·w_j + b)² / (max(‖x_i‖² + ‖w_j‖² − 2 x_i·w_j, 0) + ε), of unit vectors if `spherical`.
 
     Args:
       x: (..., m, d).

@@ -3,6 +3,8 @@
 Axes: b batch, t position, d width, v vocabulary, n layers.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,16 +30,23 @@ def _branch_std(c: ModelConfig) -> tuple[float, float]:
     return inner, _STD / (2 * c.layers) ** 0.5
 
 
+def _unit(c: ModelConfig, alpha: float) -> dict[str, Any]:
+    return dict(bias=c.yat_bias, alpha=alpha, epsilon=c.epsilon, spherical=c.spherical)
+
+
 def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
     std, out_std = _branch_std(c)
-    theta = c.rope_theta if c.position == "rotary" else None
-    kwargs = dict(
-        rope_theta=theta, std=std, out_std=out_std, use_bias=c.linear_bias == "yes", dtype=c.dtype, rngs=rngs
+    kwargs: dict[str, Any] = dict(
+        rope_theta=c.rope_theta if c.position == "rotary" else None,
+        std=std,
+        out_std=out_std,
+        use_bias=c.linear_bias == "yes",
+        dtype=c.dtype,
+        rngs=rngs,
     )
     if c.attention == "dot":
         return Attention(c.width, c.heads, **kwargs)
-    unit = dict(bias=c.yat_bias, alpha=c.attention_alpha, epsilon=c.epsilon, spherical=c.spherical)
-    return YatAttention(c.width, c.heads, **unit, **kwargs)
+    return YatAttention(c.width, c.heads, **_unit(c, c.attention_alpha), **kwargs)
 
 
 class MLP(nnx.Module):
@@ -51,8 +60,7 @@ class MLP(nnx.Module):
         if self.gelu:
             self.hidden = Linear(c.width, c.hidden, std=std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
         else:
-            unit = dict(bias=c.yat_bias, alpha=c.mlp_alpha, epsilon=c.epsilon, spherical=c.spherical)
-            self.hidden = YatNMN(c.width, c.hidden, **unit, dtype=c.dtype, rngs=rngs)
+            self.hidden = YatNMN(c.width, c.hidden, **_unit(c, c.mlp_alpha), dtype=c.dtype, rngs=rngs)
         axes = ("mlp", "embed")
         self.out = Linear(c.hidden, c.width, std=out_std, use_bias=use_bias, axes=axes, dtype=c.dtype, rngs=rngs)
 
@@ -104,7 +112,9 @@ class GPT(nnx.Module):
         axes = ("position", "embed")
         self.position = Embed(context, c.width, std=c.embed_std, axes=axes, rngs=rngs) if learned else None
         self.blocks = stack(lambda r: Block(c, r), c.layers, rngs)
-        self.norm = LayerNorm(c.width, use_bias=c.linear_bias == "yes", dtype=c.dtype) if c.norm == "layernorm" else None
+        self.norm = (
+            LayerNorm(c.width, use_bias=c.linear_bias == "yes", dtype=c.dtype) if c.norm == "layernorm" else None
+        )
         tied = c.head == "tied"
         axes = ("embed", "vocab")
         self.head = None if tied else Linear(c.width, c.vocab, std=_STD, use_bias=False, axes=axes, rngs=rngs)

@@ -50,7 +50,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if features % num_heads:
-            raise ValueError(f"features is {features} and num_heads {num_heads}; features must be a multiple of num_heads.")
+            raise ValueError(
+                f"features is {features} and num_heads {num_heads}; features must be a multiple of num_heads."
+            )
 
         def linear(std: float, axes: tuple[str, str]) -> Linear:
             return Linear(features, features, std=std, use_bias=use_bias, axes=axes, dtype=dtype, rngs=rngs)

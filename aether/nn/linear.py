@@ -54,7 +54,13 @@ class Embed(nnx.Module):
     """
 
     def __init__(
-        self, num_embeddings: int, features: int, *, std: float, axes: tuple[str, str] = ("vocab", "embed"), rngs: nnx.Rngs
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        std: float,
+        axes: tuple[str, str] = ("vocab", "embed"),
+        rngs: nnx.Rngs,
     ):
         self.embedding = normal(rngs.params(), (num_embeddings, features), std, axes)
 

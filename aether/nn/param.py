@@ -1,6 +1,6 @@
 """How a parameter is born: a value, and the logical names of its axes.
 
-The names used are `vocab`, `embed`, `heads`, `head`, `mlp`, `position` and `layers`; `aether/parallel.py` maps them to the mesh.
+The names are `vocab`, `embed`, `heads`, `mlp`, `position` and `layers`; `aether/parallel.py` maps them to the mesh.
 """
 
 import math

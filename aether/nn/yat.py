@@ -1,5 +1,7 @@
 """The dense ⵟ layer."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,10 +12,17 @@ from aether.nn.param import Axes, constant, normal, softplus_inverse
 
 
 class YatUnit(nnx.Module):
-    """What every ⵟ layer learns beside its prototypes: b = softplus(bias) ≥ 0, α, and ε = softplus(epsilon_param) > 0."""
+    """What a ⵟ layer learns beside its prototypes: b = softplus(bias) ≥ 0, α, and ε = softplus(epsilon_param) > 0."""
 
     def init_unit(
-        self, bias_shape: tuple[int, ...], shape: tuple[int, ...], axes: Axes, *, bias: float, alpha: float, epsilon: float
+        self,
+        bias_shape: tuple[int, ...],
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        bias: float,
+        alpha: float,
+        epsilon: float,
     ) -> None:
         """Create `bias` (none if it starts at 0), `alpha` and `epsilon_param`; `axes` name those of the bias."""
         self.bias = constant(bias_shape, softplus_inverse(bias), axes) if bias else None
@@ -21,7 +30,7 @@ class YatUnit(nnx.Module):
         self.alpha = constant(shape, alpha, shared)
         self.epsilon_param = constant(shape, softplus_inverse(epsilon), shared)
 
-    def unit(self) -> dict[str, Array]:
+    def unit(self) -> dict[str, Any]:
         """Return b, α and ε as the keyword arguments of `aether.kernels.yat.yat`."""
         bias = jnp.zeros_like(self.alpha[...]) if self.bias is None else jax.nn.softplus(self.bias[...])
         return dict(bias=bias, alpha=self.alpha[...], epsilon=jax.nn.softplus(self.epsilon_param[...]))

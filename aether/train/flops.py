@@ -23,16 +23,14 @@ PEAKS = {
 
 
 def matrix_parameters(params: Any) -> int:
-    """Count the entries of the matrices that activations are multiplied by: block kernels and the head (tied or not)."""
+    """Count the entries of the matrices that activations are multiplied by: block kernels and the head."""
     flat = dict(nnx.to_flat_state(params))
     tied = ("head", "kernel") not in flat
-    return sum(
-        v.size for path, v in flat.items() if path[-1] == "kernel" or (tied and path == ("embed", "embedding"))
-    )
+    return sum(v.size for path, v in flat.items() if path[-1] == "kernel" or (tied and path == ("embed", "embedding")))
 
 
 def flops_per_token(config: Config, params: Any) -> int:
-    """Return 6 · (matrix parameters) + 12 · layers · width · context: forward and backward, the same for both models."""
+    """Return 6 · (matrix parameters) + 12 · layers · width · context, forward and backward, for either model."""
     m = config.model
     return 6 * matrix_parameters(params) + 12 * m.layers * m.width * config.data.context
 

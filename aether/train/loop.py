@@ -61,7 +61,9 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> None
                 run.checkpoints.save(step, state, meta={}, loss=loss)
             if stop() and not last:
                 run.checkpoints.close()
-                raise Stopped(f"Stopped by {stop()} and saved at step {step} of {c.train.steps}; the same command goes on.")
+                raise Stopped(
+                    f"Stopped by {stop()} and saved at step {step} of {c.train.steps}; the same command goes on."
+                )
             meter.begin()
         run.checkpoints.close()
     say(finished(run.workdir))
@@ -186,7 +188,11 @@ class Evaluator:
         self.score = make_scorer(run.graph, run.loss, run.corpus.tokenizer.token_bytes, run.mesh)
         tokenizer = run.corpus.tokenizer
         self.decoder = Decoder(
-            run.graph, run.config.data.context, tokenizer.eot, tokenizer.vocab_size, run.mesh if jax.process_count() > 1 else None
+            run.graph,
+            run.config.data.context,
+            tokenizer.eot,
+            tokenizer.vocab_size,
+            run.mesh if jax.process_count() > 1 else None,
         )
 
     def due(self, step: int) -> bool:

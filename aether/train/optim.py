@@ -81,7 +81,9 @@ def learning_rate_scales(c: OptimConfig, params: Any) -> Any:
     scales = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
     if unused:
         paths = [name(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-        raise InputError(f"optim.lr_scale has {sorted(unused)[0]!r}, which is found in no parameter path; there are {', '.join(paths)}.")
+        raise InputError(
+            f"optim.lr_scale has {sorted(unused)[0]!r}, which no parameter path contains; there are {', '.join(paths)}."
+        )
     return scales
 
 

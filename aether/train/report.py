@@ -35,6 +35,7 @@ CURVES = "curves.png"
 WANDB = "wandb.json"
 TERMINAL_SECONDS = 0.1  # between redraws of the bar
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+PROGRESS = ("loss", "learning_rate", "tokens_per_second", "mfu")
 NOT_A_NUMBER = float("nan")
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAIN = "#2f6fde"
@@ -169,7 +170,7 @@ class Console:
         if now - self._shown < pause and step < self._total:
             return
         self._shown = now
-        text = f"{_describe(values)}  ETA {self._remaining(step, now, values)}"
+        text = f"{_describe({name: values.get(name) for name in PROGRESS})}  ETA {self._remaining(step, now, values)}"
         if self._terminal:
             self._draw_bar(step, text)
         else:

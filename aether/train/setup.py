@@ -1,6 +1,5 @@
 """Everything before the first step: what the workdir says, the data, the state, the compiled step."""
 
-import os
 import subprocess
 import sys
 import time
@@ -114,29 +113,23 @@ def start(config: Config, path: str, started: float) -> Run | None:
 
 def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> tuple[Config, Corpus]:
     """Return the resolved config, checked against the run that the workdir holds, and the texts."""
-    old = build(saved["config"]) if saved else None
-    if old:
+    if saved:
+        old = build(saved["config"])
         config = config.continued(old)
-    if old and config.data.tokenizer != old.data.tokenizer:
-        _refuse(path, "data.tokenizer", old.data.tokenizer, config.data.tokenizer)
-    corpus = load_corpus(config.data, log=lambda line: say(f"  {line}"))
-    config = config.resolved(corpus.tokenizer.vocab_size)
-    if old:
         for key, was, now, free in differences(old, config):
             if not free:
-                _refuse(path, key, was, now)
-        if saved and saved["data_fingerprint"] != corpus.fingerprint:
-            raise InputError(
-                f"The texts behind data.path have changed since the run in {path} began (fingerprint "
-                f"{saved['data_fingerprint'][:8]} then, {corpus.fingerprint[:8]} now); restore them, or give another --workdir."
-            )
-    return config, corpus
-
-
-def _refuse(path: str, key: str, was: Any, now: Any) -> None:
-    raise InputError(
-        f"The run in {path} has {key}={was!r}, but this config says {now!r}; set it back to go on, or give another --workdir."
-    )
+                raise InputError(
+                    f"The run in {path} has {key}={was!r}, but this config says {now!r}; "
+                    "set it back to go on, or give another --workdir."
+                )
+    corpus = load_corpus(config.data, log=lambda line: say(f"  {line}"))
+    if saved and saved["data_fingerprint"] != corpus.fingerprint:
+        raise InputError(
+            f"The texts of data.path have changed since the run in {path} began (fingerprint "
+            f"{saved['data_fingerprint'][:8]} then, {corpus.fingerprint[:8]} now); "
+            "restore them, or give another --workdir."
+        )
+    return config.resolved(corpus.tokenizer.vocab_size), corpus
 
 
 def _is_finished(config: Config, latest: int | None, path: str) -> bool:
@@ -215,7 +208,9 @@ def _first_state(config: Config, make: Callable[[], TrainState], mesh: Mesh, lik
         return state
     folder, _, at = config.train.init_from.partition("@")
     if at and not at.isdecimal():
-        raise InputError(f"train.init_from is {config.train.init_from!r}; what follows the @ is a step, a whole number.")
+        raise InputError(
+            f"train.init_from is {config.train.init_from!r}; what follows the @ is a step, a whole number."
+        )
     source = Workdir(folder, primary=False)
     other = source.read_json("config.json")
     if other["config"]["data"]["tokenizer"] != config.data.tokenizer:

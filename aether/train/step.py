@@ -22,7 +22,7 @@ Batch = dict[str, Array]
 class TrainState:
     """Everything that a run carries from step to step.
 
-    `params` and `ema` (None when off) are `nnx.State`s; `skipped` counts non-finite steps, `skipped_in_a_row` the last ones.
+    `params` and `ema` (None when off) are `nnx.State`s; `skipped` counts all non-finite steps.
     """
 
     step: Array
@@ -74,7 +74,9 @@ def make_step(
         rate = schedule(state.step + 1)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda s, p, u: jax.tree.map(lambda p, u: p + rate * s * u, p, u), scales, state.params, updates)
+        params = jax.tree.map(
+            lambda s, p, u: jax.tree.map(lambda p, u: p + rate * s * u, p, u), scales, state.params, updates
+        )
         ema = state.ema
         if decay:
             ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
