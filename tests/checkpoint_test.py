@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back bit by bit, whatever kills, fills or damages the disk in between."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -197,7 +198,7 @@ def test_the_last_the_best_and_every_nth_are_kept(opened):
 
 
 def test_only_steps_with_a_finite_loss_compete_and_the_newer_of_equals_wins(opened):
-    c = filled(opened(keep_last=1, keep_best=2), 1, 2, 3, 4, 5, 6, losses=[None, 2.0, 2.0, float("nan"), 3.0, None])
+    c = filled(opened(keep_last=1, keep_best=2), 1, 2, 3, 4, 5, 6, losses=[float("nan"), 2.0, 2.0, None, 3.0, None])
     assert c.steps() == [2, 3, 6] and c.best() == 3
 
 
@@ -282,24 +283,23 @@ def test_a_newer_format_is_refused_with_both_versions(opened, tmp_path):
 
 
 def test_an_older_format_is_upgraded(opened, tmp_path, monkeypatch):
-    c = filled(opened(), 1)
-
-    def age(record):
-        record["format"] = 0
-        record["arrays"]["weights/mlp/kernel"] = record["arrays"].pop("params/mlp/kernel")
+    c = opened()
+    c.save(1, {"weights": jnp.ones(3), "bias": jnp.zeros(3)}, meta={})
+    c.wait()
+    like = {"params": jnp.zeros(3), "bias": jnp.ones(3)}
 
     def upgrade(record):
         arrays = dict(record["arrays"])
-        arrays["params/mlp/kernel"] = arrays.pop("weights/mlp/kernel")
-        return {**record, "arrays": arrays, "meta": {**record["meta"], "upgraded": True}}
+        arrays["params"] = arrays.pop("weights")
+        return {**record, "arrays": arrays, "meta": {"upgraded": True}}
 
-    rewrite(tmp_path / "c" / "1", age)
+    rewrite(tmp_path / "c" / "1", lambda r: r.update(format=0))
     with pytest.raises(InputError, match="has format 0; this Aether, at 1, cannot read it"):
-        c.restore(abstract(make_state()))
+        c.restore(like)
     monkeypatch.setitem(checkpoint.UPGRADES, 0, upgrade)
-    restored, meta, _ = c.restore(abstract(make_state()))
-    same(restored, make_state(1))
-    assert meta["upgraded"]
+    restored, meta, _ = c.restore(like)
+    same(restored, {"params": jnp.ones(3), "bias": jnp.zeros(3)})
+    assert meta == {"upgraded": True}
 
 
 # Damage
@@ -361,6 +361,14 @@ def test_lack_of_memory_or_permission_is_not_damage(opened, tmp_path, monkeypatc
 # Other processes
 
 
+def test_what_is_being_deleted_no_longer_looks_like_a_checkpoint(opened, monkeypatch):
+    c = opened(keep_last=1)
+    deleted, real = [], type(c._home).rmtree
+    monkeypatch.setattr(type(c._home), "rmtree", lambda p, **k: deleted.append((p.name, c.steps())) or real(p, **k))
+    filled(c, 1, 2)
+    assert deleted == [("deleted-1", [2])]
+
+
 def test_reading_parameters_leaves_alone_what_another_process_is_writing(opened, tmp_path):
     c = filled(opened(), 1)
     for name in ("2.orbax-checkpoint-tmp", "deleted-1"):
@@ -398,8 +406,9 @@ KILLS = """
         while True:
             step += 1
             checkpoints.save(step, {k: jnp.full(250_000, step, jnp.float32) for k in "ab"}, meta={"step": step})
+            os.write(status, step.to_bytes(4, "little"))  # so the step before is complete
 
-    seen, unfinished = [], 0
+    committed, unfinished = 0, 0
     for _ in range(12):
         read, write = os.pipe()
         pid = os.fork()
@@ -412,13 +421,16 @@ KILLS = """
             finally:
                 os._exit(1)
         os.close(write)
-        seen.append(int.from_bytes(os.read(read, 4), "little"))  # empty, hence 0, if the child failed
-        time.sleep(rng.uniform(0.1, 0.5))
+        restored = int.from_bytes(os.read(read, 4), "little")  # empty, hence 0, if the child failed
+        assert restored >= committed, (restored, committed)
+        for _ in range(rng.randint(1, 4)):
+            committed = max(restored, int.from_bytes(os.read(read, 4), "little") - 1)
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the child failed"
         unfinished += any(not p.name.isdecimal() for p in home.iterdir())
-    print(seen, unfinished)
-    assert seen == sorted(seen) and seen[-1] > 10 and unfinished >= 1, (seen, unfinished)
+    print(committed, unfinished)
+    assert committed >= 10 and unfinished >= 1, (committed, unfinished)
 """
 
 
@@ -478,7 +490,8 @@ PAIR = """
     assert step == 3 and check(got, 3), step
     if RANK == 0:
         assert c.steps() == [2, 3], c.steps()
-        (home / "3" / "meta.json").unlink()
+        sharding = home / "3" / "state" / "_sharding"  # only process 0 looks at checksums
+        sharding.write_text(sharding.read_text().replace("x", "y"))
     jax.experimental.multihost_utils.sync_global_devices("damaged")
     got, _, step = c.restore({"w": make(0)})
     assert step == 2 and check(got, 2) and c.steps() == [2] and len(said) == 1, (step, c.steps(), said)
@@ -506,7 +519,12 @@ def test_two_processes_save_restore_and_fall_back_together(tmp_path):
         )
         for rank in (0, 1)
     ]
-    outs = [p.communicate(timeout=100)[0] for p in both]
+    try:
+        outs = [p.communicate(timeout=60)[0] for p in both]
+    finally:
+        for p in both:  # one that failed leaves the other waiting
+            p.kill()
+            p.communicate()
     assert [p.returncode for p in both] == [0, 0], "\n".join(outs)
 
 
@@ -550,16 +568,25 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(opened, tmp_path):
         filled(opened(tmp_path / "file" / "c"), 1)
 
 
-def test_an_error_of_the_writer_is_found_at_the_next_save(opened, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(5, "Input/output error"), "Cannot write checkpoints in .*Input/output error"),
+        (OSError(errno.ENOSPC, "voll"), "No space is left"),
+        (ValueError("RESOURCE_EXHAUSTED: write"), "No space is left"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: device memory"), "Cannot write .*device memory"),
+    ],
+)
+def test_an_error_of_the_writer_is_found_at_the_next_save(opened, monkeypatch, error, message):
     c = opened()
 
     def fail(*_):
-        raise OSError(5, "Input/output error")
+        raise RuntimeError("while writing") from error
 
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "_fingerprint", fail)
         c.save(1, make_state(1), meta={})
-        with pytest.raises(StorageError, match="Cannot write checkpoints in .*Input/output error"):
+        with pytest.raises(StorageError, match=message):
             c.save(2, make_state(2), meta={})
     filled(c, 1)
     assert c.steps() == [1]
@@ -587,7 +614,7 @@ def test_an_object_store_without_arrays_in_orbax_works_through_a_stage(opened, b
     monkeypatch.setattr(checkpoint.tempfile, "tempdir", str(tmp_path))
     bucket.mkdir()
     c = filled(opened("s3://bucket/run", keep_last=2), 1, 2, 3)
-    assert c.steps() == [2, 3]
+    assert c.steps() == [2, 3] and not list(c._stage.iterdir())
     c.close()
     (bucket / "run" / "3" / checkpoint.MARKER).unlink()  # what a kill during the upload leaves
     c = opened("s3://bucket/run", keep_last=2)
