@@ -231,7 +231,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
     stream = io.StringIO()
     console = Console(stream, 100, 500)
     for step in range(1, 101):
-        console.progress(step, values(step) | {"mfu": 0.5})
+        console.progress(step, values(step) | {"mfu": 0.5, "accuracy": 0.1})
         now[0] += 1.0
     shown = stream.getvalue().splitlines()
     assert [int(re.match(r"step (\d+)/100 ", line).group(1)) for line in shown] == [*range(1, 100, 10), 100]
