@@ -106,7 +106,6 @@ def reporter_of(run: Run) -> Reporter:
         name=run.workdir.path.rstrip("/").rsplit("/", 1)[-1],
         config=c.to_json(),
         primary=run.workdir.primary,
-        log_every=c.train.log_every,
         wandb=c.train.wandb,
         parameters=sum(p.size for p in jax.tree.leaves(run.state.params)),
     )
@@ -151,6 +150,7 @@ class Meter:
         if step % self.run.config.train.log_every and step != self.run.config.train.steps:
             return
         values: dict[str, float | None] = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        values["tokens"] = int(values["tokens"] or 0)
         now = time.perf_counter()
         seconds = now - self.clock
         rate = self.steps * self.run.config.data.batch_size * self.run.config.data.context / seconds

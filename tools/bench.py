@@ -1,0 +1,196 @@
+"""Measure what the README claims about speed; each figure is printed with what it is to be compared with.
+
+python -m tools.bench --what=loop      the training loop against the bare jitted step on the same batches
+python -m tools.bench --what=startup   from the command to the first step of the quickstart, cold and warm
+python -m tools.bench --what=reader    tokens a second of the data reader alone
+python -m tools.bench --what=decode    decoding with the key/value cache against recomputing
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launch import cli
+from launch.overrides import make_config
+
+FLAGS = cli.new_flags()
+flags.DEFINE_enum("what", "loop", ["loop", "startup", "reader", "decode"], "what to measure", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 5, "interleaved pairs", flag_values=FLAGS, lower_bound=1)
+flags.DEFINE_integer("steps", 100, "training steps a round (loop)", flag_values=FLAGS, lower_bound=20)
+
+QUICKSTART = "configs/quickstart.py"
+
+
+def main(args: flags.FlagValues) -> None:
+    """Measure one thing and print one JSON line."""
+    measure: dict[str, Callable[[Any], dict[str, Any]]] = dict(loop=loop, startup=startup, reader=reader, decode=decode)
+    print(json.dumps(measure[args.what](args)), flush=True)
+
+
+def loop(args: flags.FlagValues) -> dict[str, Any]:
+    """Return median step times within the loop and of the bare step, in pairs of runs one after the other."""
+    from aether.train.loop import train
+    from aether.train.setup import start
+
+    short = dict(steps=args.steps, eval_every=0, eval_batches=1, sample_tokens=0)
+    config = make_config(QUICKSTART, [f"train.{key}={value}" for key, value in short.items()])
+    inside, bare, waits = [], [], []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            train(config, folder)
+            lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if line["split"] == "train"][10:]
+        tokens = config.data.batch_size * config.data.context
+        inside.append(statistics.median(tokens / line["tokens_per_second"] for line in steps))
+        waits += [line["data_wait"] for line in steps]
+        with tempfile.TemporaryDirectory() as folder:
+            run = start(config, folder, time.perf_counter())
+            assert run is not None
+            bare.append(statistics.median(bare_steps(run, args.steps)[10:]))
+    ratios = [a / b for a, b in zip(inside, bare, strict=True)]
+    return dict(
+        what="median step time within the loop / bare jitted step",
+        ratio=statistics.median(ratios),
+        ratios=ratios,
+        loop_ms=1e3 * statistics.median(inside),
+        bare_ms=1e3 * statistics.median(bare),
+        data_wait_share=statistics.mean(waits),
+    )
+
+
+def bare_steps(run: Any, count: int) -> list[float]:
+    """Return the seconds of each of `count` calls of the compiled step on batches that are already on the device."""
+    import jax
+
+    from aether.data.loader import train_batches
+    from aether.parallel import to_global
+
+    source = train_batches(run.corpus, run.config.data, run.config.train.seed)
+    batches = [to_global(next(source), run.mesh) for _ in range(count)]
+    state, late, clock, seconds = run.state, None, time.perf_counter(), []
+    for batch in batches:
+        state, metrics = run.step(state, batch)
+        if late is not None:
+            jax.block_until_ready(late)
+            now = time.perf_counter()
+            seconds.append(now - clock)
+            clock = now
+        late = metrics
+    jax.block_until_ready(state)
+    return seconds
+
+
+def startup(args: flags.FlagValues) -> dict[str, Any]:
+    """Return the seconds from the command to the first step of the quickstart: no cache at all, then a warm one."""
+    cold, warm = [], []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            cold.append(first_step(cache))
+            warm.append(first_step(cache))
+    return dict(
+        what="seconds from the command to the first step", cold=statistics.median(cold), warm=statistics.median(warm),
+        all_cold=cold, all_warm=warm,
+    )  # fmt: skip
+
+
+def first_step(cache: str) -> float:
+    """Start the quickstart with this cache and return the seconds until its first step is reported."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"AETHER_CACHE": cache}
+    command = [sys.executable, "-m", "launch.train", f"--config={QUICKSTART}", "--config.train.sample_tokens=0"]
+    with tempfile.TemporaryDirectory() as workdir:
+        begin = time.perf_counter()
+        run = subprocess.Popen(
+            [*command, f"--workdir={workdir}"], stderr=subprocess.PIPE, text=True, env=environment
+        )  # fmt: skip
+        assert run.stderr is not None
+        try:
+            for line in run.stderr:
+                if re.match(r"step 1/", line):
+                    return time.perf_counter() - begin
+            raise RuntimeError("the quickstart ended before its first step")
+        finally:
+            run.kill()
+            run.wait()
+
+
+def reader(args: flags.FlagValues) -> dict[str, Any]:
+    """Return the tokens a second that one thread reads, windows of 1024 tokens in shuffled order."""
+    import numpy as np
+
+    from aether.config import DataConfig
+    from aether.data.loader import load_corpus
+
+    config = DataConfig(context=1024, batch_size=8)
+    windows = load_corpus(config).train[0].windows
+    order = np.random.default_rng(0).permutation(len(windows))
+    rates = []
+    for _ in range(args.rounds):
+        begin = time.perf_counter()
+        for i in order:
+            windows[int(i)]
+        rates.append(len(order) * 1024 / (time.perf_counter() - begin))
+    return dict(what="tokens a second of the reader at 1024 a sequence", median=statistics.median(rates), all=rates)
+
+
+def decode(args: flags.FlagValues) -> dict[str, Any]:
+    """Return the time of 512 new tokens with the cache, and by a full forward pass over 512 positions for each."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from aether.config import build
+    from aether.generate.decode import Decoder
+    from aether.models import MODELS
+
+    length = 512
+    c = build({"model": {"dtype": "float32"}}).model.resolved(257)
+    graph, params = nnx.split(MODELS[c.kind](c, length, nnx.Rngs(0)))
+    decoder = Decoder(graph, length, 256, 256)  # end of text is beyond what is drawn, so that no sample ends early
+
+    @jax.jit
+    def full(params: Any, ids: jax.Array, last: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params)
+        hidden, _ = model(ids)
+        return jnp.argmax(model.logits(hidden[:, last][:, None])[0, -1, :256])
+
+    def cached() -> int:
+        return sum(1 for _ in decoder.stream(params, np.zeros(0, np.int32), length - 1, temperature=0.0))
+
+    def recomputed(count: int) -> None:
+        ids = np.full((1, length), 256, np.int32)
+        for i in range(count):
+            ids[0, i + 1] = int(full(params, ids, i))
+
+    cached(), recomputed(2)
+    few = 64
+    with_cache, without = [], []
+    for _ in range(args.rounds):
+        begin = time.perf_counter()
+        made = cached()
+        with_cache.append((time.perf_counter() - begin) / made)
+        begin = time.perf_counter()
+        recomputed(few)
+        without.append((time.perf_counter() - begin) / few)
+    ratios = [b / a for a, b in zip(with_cache, without, strict=True)]
+    return dict(
+        what=f"a full pass over {length} positions a token / a token with the cache",
+        ratio=statistics.median(ratios),
+        ratios=ratios,
+        cached_ms=1e3 * statistics.median(with_cache),
+        recomputed_ms=1e3 * statistics.median(without),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))
