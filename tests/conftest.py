@@ -1,4 +1,4 @@
-"""What every test runs under: eight fake CPU devices, strict promotion where we can, and a cache of its own."""
+"""What every test runs under: eight fake CPU devices, and a cache of its own."""
 
 import os
 import tempfile
@@ -27,3 +27,27 @@ def _private_cache():
 def rng():
     """A NumPy generator that starts the same in every test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def trainer():
+    """A function (config, devices) -> (state, step): a fresh sharded state and the jitted, donating step."""
+    from functools import partial
+
+    from flax import nnx
+
+    from aether.losses import LOSSES
+    from aether.parallel import make_mesh, shardings
+    from aether.testing import tiny_model
+    from aether.train.step import init_state, make_step
+
+    def make(config, devices=None, model=None):
+        graph, params = nnx.split(model or tiny_model(config))
+        state = init_state(config, params)
+        mesh = make_mesh(config.mesh, devices or jax.devices()[:1])
+        where = shardings(state, mesh)
+        loss = partial(LOSSES["lm"], chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
+        step = jax.jit(make_step(config, graph, loss, params), donate_argnums=0, out_shardings=(where, None))
+        return jax.device_put(state, where), step
+
+    return make

@@ -1,0 +1,233 @@
+"""The networks: sizes, switches, causality, segments, cache, dropout, and GPT-2 against NumPy in float64."""
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aether.config import SIZES, ModelConfig
+from aether.models import MODELS
+from aether.testing import VOCAB, tiny_config, tiny_model
+
+T = 6
+PARTS = dict(attention=("yat", "dot"), mlp=("yat", "gelu"), norm=("none", "layernorm"), position=("rotary", "learned"))
+COMBINATIONS = [dict(zip(PARTS, choice, strict=True)) for choice in product(*PARTS.values())]
+ATTENTIONS = [dict(attention=a, position=p) for a, p in product(PARTS["attention"], PARTS["position"])]
+
+
+def label(parts):
+    return "-".join(parts.values())
+
+
+def make(**model):
+    return tiny_model(tiny_config(model.pop("kind", "aether"), model=model, data=dict(context=T)))
+
+
+def shapes(config, context=1024):
+    model = nnx.eval_shape(lambda: MODELS[config.kind](config, context, nnx.Rngs(0)))
+    return {"/".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("124m", 124_439_808), ("350m", 354_823_168), ("774m", 774_030_080), ("1.5b", 1_557_611_200)]
+)
+def test_gpt2_has_gpt2_s_parameters(size, count):
+    found = shapes(ModelConfig(kind="gpt2", size=size).resolved(50257))
+    assert sum(map(math.prod, found.values())) == count
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_aether_differs_from_the_baseline_by_what_it_says(size):
+    """No norm, no biases in linear maps, no positions; a head, and b, α and ε of each unit."""
+    c = ModelConfig(size=size).resolved(1000)
+    found = shapes(c)
+    assert not [path for path in found if "norm" in path or "scale" in path]
+    n, d, h, f = c.layers, c.width, c.heads, c.hidden
+    per_layer = 4 * d * d + 2 * d * f + 3 * h + f + 2
+    assert sum(map(math.prod, found.values())) == 2 * 1000 * d + n * per_layer
+    assert f == 4 * d and found["blocks/attention/alpha"] == (n, h) and found["blocks/mlp/hidden/bias"] == (n, f)
+
+
+def test_one_field_turns_each_part():
+    base = ModelConfig(layers=2, heads=2, width=16).resolved(VOCAB)
+    before = set(shapes(base))
+    added = dict(
+        attention=("dot", set()),
+        mlp=("gelu", set()),
+        norm=("layernorm", {"norm/scale", "blocks/norm1/scale", "blocks/norm2/scale"}),
+        position=("learned", {"position/embedding"}),
+        head=("tied", set()),
+        linear_bias=(
+            "yes",
+            {f"blocks/attention/{k}/bias" for k in ("query", "key", "value", "out")} | {"blocks/mlp/out/bias"},
+        ),
+    )
+    gone = dict(
+        attention={f"blocks/attention/{k}" for k in ("bias", "alpha", "epsilon_param")},
+        mlp={f"blocks/mlp/hidden/{k}" for k in ("bias", "alpha", "epsilon_param")},
+        head={"head/kernel"},
+    )
+    for name, (value, new) in added.items():
+        assert set(shapes(replace(base, **{name: value}))) == before - gone.get(name, set()) | new, name
+
+
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=label)
+def test_no_position_feels_a_later_token(rng, parts):
+    """Causality by gradient: all tokens differ, so d(hidden state t)/d(embedding row s) must vanish just for s > t."""
+    config = tiny_config(model=parts, data=dict(context=T))
+    graph, params = nnx.split(nnx.eval_shape(lambda: MODELS["aether"](config.model, T, nnx.Rngs(0))))
+    params = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) / 2, v.dtype), params)  # no init to compile
+
+    @jax.jit
+    def rows(params, cotangents):
+        _, back = jax.vjp(lambda p: nnx.merge(graph, p)(jnp.arange(T)[None])[0][0], params)
+        return jax.vmap(lambda g: back(g)[0]["embed"]["embedding"][...])(cotangents)
+
+    cotangents = jnp.eye(T)[..., None] * rng.normal(size=(T, 16))
+    felt = np.abs(np.asarray(rows(params, cotangents))[:, :T]).sum(-1) > 0
+    np.testing.assert_array_equal(felt, np.tri(T, dtype=bool))
+
+
+@pytest.mark.parametrize("parts", ATTENTIONS, ids=label)
+def test_packed_documents_are_as_if_apart(parts):
+    model = make(**parts)
+    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9]])
+    segments, positions = jnp.asarray([[1, 1, 1, 1, 2, 2]]), jnp.asarray([[0, 1, 2, 3, 0, 1]])
+
+    @jax.jit
+    def both(tokens):
+        packed = model(tokens, segments=segments, positions=positions)[0]
+        return packed, jnp.concatenate([model(tokens[:, :4])[0], model(tokens[:, 4:])[0]], 1), model(tokens)[0]
+
+    packed, apart, leaking = both(tokens)
+    np.testing.assert_allclose(packed, apart, rtol=1e-4, atol=1e-5)
+    assert np.abs(packed - leaking)[:, 4:].max() > 1e-3
+
+
+@pytest.mark.parametrize("parts", ATTENTIONS, ids=label)
+def test_decoding_with_the_cache_is_the_whole_pass(parts):
+    model = make(**parts)
+    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+
+    @jax.jit
+    def both(tokens):
+        cache, pieces = model.init_cache(2, 8), []
+        for piece in (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:5], tokens[:, 5:]):
+            hidden, cache = model(piece, cache=cache)
+            pieces.append(hidden)
+        return jnp.concatenate(pieces, 1), model(tokens)[0], cache.length
+
+    pieces, whole, length = both(tokens)
+    assert length.tolist() == [T, T]
+    np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_a_function_of_its_key():
+    model, dry = make(dropout=0.5), make(dropout=0.0)
+    run = jax.jit(lambda k: model(jnp.arange(T)[None], key=k)[0])
+    one, other = run(jax.random.key(1)), run(jax.random.key(2))
+    np.testing.assert_array_equal(one, run(jax.random.key(1)))
+    assert (one != other).any()
+    still, no_key = jax.jit(lambda k: (dry(jnp.arange(T)[None], key=k)[0], model(jnp.arange(T)[None])[0]))(
+        jax.random.key(1)
+    )
+    np.testing.assert_array_equal(still, no_key)  # same seed, so the same parameters
+    assert (no_key != one).any()
+
+
+def test_dropout_keeps_the_mean_and_drops_as_many_as_it_says():
+    model = make(dropout=0.25, attention_alpha=1.0, mlp_alpha=1.0)
+    for path in ("attention", "mlp"):
+        kernel = getattr(model.blocks, path).out.kernel
+        kernel[...] = jnp.zeros_like(kernel[...])  # both branches are 0: the embedding's dropout alone is left
+    run = jax.jit(jax.vmap(lambda k: model(jnp.arange(T)[None], key=k)[0]))
+    many = np.asarray(run(jax.random.split(jax.random.key(0), 400)))
+    table = np.asarray(model.embed.embedding[...])[:T]
+    assert abs((many == 0).mean() - 0.25) < 0.01
+    np.testing.assert_allclose(many.mean(0)[0], table, atol=5 * np.abs(table).max() * (0.25 / 0.75 / 400) ** 0.5)
+    np.testing.assert_allclose(many.max(0)[0][table > 0], table[table > 0] / 0.75, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["aether", "gpt2"])
+def test_recomputing_blocks_changes_no_gradient(kind):
+    def gradients(remat):
+        graph, params = nnx.split(make(kind=kind, remat=remat, dropout=0.1))
+        f = lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(jnp.arange(T)[None], key=jax.random.key(0))[0]))  # noqa: E731
+        return jax.jit(jax.grad(f))(params), str(jax.make_jaxpr(jax.grad(f))(params))
+
+    (plain, text), (again, text_again) = gradients("none"), gradients("block")
+    assert "remat" in text_again and "remat" not in text
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+
+
+def test_a_tied_head_is_the_embedding():
+    tied, apart = make(head="tied", embed_std=0.5), make(head="untied")
+    assert tied.head is None
+    np.testing.assert_allclose(tied.head_kernel(), tied.embed.embedding[...].T * 0.04, rtol=1e-6)
+    assert apart.head_kernel() is apart.head.kernel[...] or (apart.head_kernel() == apart.head.kernel[...]).all()
+    assert abs(float(apart.head_kernel().std()) - 0.02) < 2e-3
+    np.testing.assert_array_equal(make(kind="gpt2").head_kernel(), make(kind="gpt2").embed.embedding[...].T)
+
+
+@pytest.mark.parametrize("kind", ["aether", "gpt2"])
+def test_bfloat16_is_close_to_float32(kind):
+    tokens = jnp.arange(2 * T).reshape(2, T)
+    exact, half = (make(kind=kind, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    run = jax.jit(lambda t: (exact.logits(exact(t)[0]), half.logits(half(t)[0]), half(t)[0]))
+    right, near, hidden = run(tokens)
+    assert hidden.dtype == "bfloat16" and near.dtype == "float32"
+    assert all(p.dtype == "float32" for p in jax.tree.leaves(nnx.state(half)))
+    assert float(jnp.linalg.norm(near - right)) < 2e-2 * float(jnp.linalg.norm(right))
+
+
+def gpt2(p, tokens, layers, heads):
+    """GPT-2 in NumPy, one sequence: pre-norm blocks, tanh GELU, tied head; p maps paths to float64 arrays."""
+
+    def norm(x, name, *at):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * p[f"{name}/scale"][at] + p[f"{name}/bias"][at]
+
+    def linear(x, name, i):
+        return x @ p[f"blocks/{name}/kernel"][i] + p[f"blocks/{name}/bias"][i]
+
+    t = len(tokens)
+    x = p["embed/embedding"][tokens] + p["position/embedding"][:t]
+    for i in range(layers):
+        y = norm(x, "blocks/norm1", i)
+        q, k, v = (linear(y, f"attention/{name}", i).reshape(t, heads, -1) for name in ("query", "key", "value"))
+        out = np.zeros_like(v)
+        for head, row in np.ndindex(heads, t):
+            scores = k[: row + 1, head] @ q[row, head] / np.sqrt(k.shape[-1])
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights / weights.sum() @ v[: row + 1, head]
+        x = x + linear(out.reshape(t, -1), "attention/out", i)
+        h = linear(norm(x, "blocks/norm2", i), "mlp/hidden", i)
+        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = x + linear(h, "mlp/out", i)
+    return norm(x, "norm") @ p["embed/embedding"].T
+
+
+def test_the_baseline_is_gpt2(rng):
+    graph, params = nnx.split(make(kind="gpt2"))
+    params = jax.tree.map(lambda a: a + jnp.asarray(rng.normal(size=a.shape) * 0.2, jnp.float32), params)
+    model = nnx.merge(graph, params)
+    exact = {"/".join(map(str, path)): np.asarray(v[...], np.float64) for path, v in nnx.to_flat_state(params)}
+    tokens = rng.integers(0, VOCAB, T)
+    got = jax.jit(lambda t: model.logits(model(t)[0]))(jnp.asarray(tokens)[None])[0]
+    want = gpt2(exact, tokens, 2, 2)
+    assert np.abs(got - want).max() < 2e-5 * np.abs(want).max()
+
+
+def test_projections_into_the_stream_start_small():
+    model = tiny_model(tiny_config("gpt2", model=dict(layers=8, width=64)))
+    for kernel, std in [(model.blocks.attention.out.kernel, 0.02 / 4), (model.blocks.mlp.out.kernel, 0.02 / 4)]:
+        assert abs(float(kernel[...].std()) / std - 1) < 0.02
+    assert abs(float(model.blocks.attention.query.kernel[...].std()) / 0.02 - 1) < 0.02
+    model = tiny_model(tiny_config("aether", model=dict(layers=8, width=64)))
+    assert abs(float(model.blocks.attention.query.kernel[...].std()) * 8 - 1) < 0.02
+    assert abs(float(model.blocks.attention.out.kernel[...].std()) / 0.005 - 1) < 0.02
