@@ -38,5 +38,5 @@ def flops_per_token(config: Config, params: Any) -> int:
 def peak_flops(devices: list[jax.Device]) -> float | None:
     """Return the devices' bf16 peak together, FLOP/s, or None where it is unknown (a CPU)."""
     kind = devices[0].device_kind
-    found = [peak for name, peak in PEAKS.items() if kind.startswith(name)]
-    return max(found, key=lambda p: p) * len(devices) if found else None
+    names = [name for name in PEAKS if kind.startswith(name)]
+    return PEAKS[max(names, key=len)] * len(devices) if names else None
