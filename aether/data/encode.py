@@ -79,7 +79,13 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer_folder: str) -> None:
-    """Load the tokenizer, and end this process when its parent is killed."""
+    global _worker_tokenizer
+    end_with_parent()
+    _worker_tokenizer = restore_tokenizer(tokenizer_folder)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is killed, which pools of processes do not see to."""
     import multiprocessing
     import threading
 
@@ -89,9 +95,7 @@ def _start_worker(tokenizer_folder: str) -> None:
             parent.join()
             os._exit(1)
 
-    global _worker_tokenizer
     threading.Thread(target=follow, daemon=True).start()
-    _worker_tokenizer = restore_tokenizer(tokenizer_folder)
 
 
 def _encode_task(task: Task) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from aether.config import DataConfig
 from aether.data.cache import characters_of, find, prepare_cached
+from aether.data.encode import end_with_parent
 from aether.data.pack import Window, Windows
 from aether.data.prepared import Prepared, check_tokenizer
 from aether.data.sources import Source
@@ -200,11 +201,15 @@ def _read_ahead(batches: _TrainBatches, config: DataConfig) -> Iterator[Batch]:
         pipe = grain.experimental.DatasetOptions(min_shm_size=1 << 40)
         each = max(1, config.prefetch // config.workers)
         processes = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=each)
-        ahead = grain.experimental.WithOptionsIterDataset(ahead, pipe).mp_prefetch(processes)
+        ahead = grain.experimental.WithOptionsIterDataset(ahead, pipe).mp_prefetch(processes, _start_worker)
     iterator = iter(ahead)
     if not config.workers:
         iterator.start_prefetch()
     return _drain(iterator)
+
+
+def _start_worker(index: int, count: int) -> None:
+    end_with_parent()
 
 
 def _drain(iterator: grain.DatasetIterator) -> Iterator[Batch]:

@@ -1,5 +1,9 @@
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -230,3 +234,39 @@ def test_prepared_tokenizers_must_match(config, tmp_path):
     with pytest.raises(InputError, match="data.tokenizer is chars"):
         load_corpus(replace(config, mixture=dict(x=out), tokenizer="chars"))
     assert loader.load_corpus(replace(config, mixture=dict(x=out))).train[0].name == "x"
+
+
+PARENT = """
+import multiprocessing, os, signal, sys
+from absl import flags
+from aether.config import DataConfig
+from aether.data.loader import load_corpus, train_batches
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    config = DataConfig(path=sys.argv[1], context=16, cache_dir=sys.argv[2], workers=1)
+    batches = train_batches(load_corpus(config), config, 0)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_run(config, tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, tmp_path / "parent.py", config.path, config.cache_dir]
+    with open(tmp_path / "pids", "w") as out:
+        subprocess.run(command, stdout=out, stderr=subprocess.DEVNULL, timeout=60)
+    children = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert children
+    deadline = time.monotonic() + 5
+    while alive := [pid for pid in children if _alive(pid)]:
+        assert time.monotonic() < deadline, f"{alive} outlived their parent"
+        time.sleep(0.05)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
