@@ -69,7 +69,7 @@ def make_step(
         grads, sums = accumulate(total, state.params, batch, key, config.train.accumulate)
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         nats = sums["nll"] / weight
         rate = schedule(state.step + 1)
 
