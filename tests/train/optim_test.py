@@ -1,0 +1,158 @@
+"""The optimizer against NumPy: AdamW, Muon, clipping, masks and factors by path, schedules."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aether.config import OptimConfig
+from aether.errors import InputError
+from aether.models import MODELS
+from aether.testing import tiny_config
+from aether.train.optim import decay_mask, learning_rate_scales, make_optimizer, make_schedule, name
+
+SHAPES = {"matrix": ((2, 4, 3), ("layers", "embed", "mlp")), "table": ((5, 4), ("vocab", "embed")), "bias": ((2, 3), ("layers", "mlp"))}
+
+
+def make_params(rng):
+    return nnx.State({k: nnx.Param(jnp.asarray(rng.normal(size=s), jnp.float32), axes=a) for k, (s, a) in SHAPES.items()})
+
+
+def named(tree):
+    """Path -> value of a tree like the parameters."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {name(path): leaf for path, leaf in leaves}
+
+
+def params_of(kind):
+    c = tiny_config(kind)
+    return nnx.state(nnx.eval_shape(lambda: MODELS[kind](c.model, 8, nnx.Rngs(0))))
+
+
+def adamw(c, params, grads_of_steps, decayed):
+    """AdamW with clipping by the global norm (Loshchilov and Hutter), learning rate 0.01."""
+    params = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    first, second = ({k: np.zeros(v.shape) for k, v in params.items()} for _ in range(2))
+    for step, grads in enumerate(grads_of_steps, 1):
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        for k in params:
+            g = grads[k] * min(1.0, c.clip / norm) if c.clip else grads[k]
+            first[k] = c.beta1 * first[k] + (1 - c.beta1) * g
+            second[k] = c.beta2 * second[k] + (1 - c.beta2) * g**2
+            move = (first[k] / (1 - c.beta1**step)) / (np.sqrt(second[k] / (1 - c.beta2**step)) + c.eps)
+            params[k] = params[k] - 0.01 * (move + (c.weight_decay * params[k] if k in decayed else 0.0))
+    return params
+
+
+def run(c, params, grads_of_steps):
+    optimizer = make_optimizer(c)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return jax.tree.map(lambda p, u: p + 0.01 * u, params, updates), state
+
+    for grads in grads_of_steps:
+        grads = nnx.State({k: nnx.Param(jnp.asarray(g, jnp.float32), axes=SHAPES[k][1]) for k, g in grads.items()})
+        params, state = step(params, state, grads)
+    return {k: np.asarray(v, np.float64) for k, v in named(params).items()}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_adamw_is_adamw(rng, clip):
+    c = OptimConfig(clip=clip, weight_decay=0.3, eps=1e-3)
+    params = make_params(rng)
+    grads = [{k: scale * rng.normal(size=s) for k, (s, _) in SHAPES.items()} for scale in (1.0, 5.0, 0.01, 1.0)]
+    want = adamw(c, named(params), grads, {"matrix", "table"})
+    for k, value in run(c, params, grads).items():
+        np.testing.assert_allclose(value, want[k], atol=2e-6, err_msg=k)
+
+
+def test_muon_makes_each_matrix_of_a_stack_nearly_orthogonal_and_leaves_the_rest_to_adam(rng):
+    c = OptimConfig(name="muon", clip=0.0, weight_decay=0.0)
+    params, grads = make_params(rng), [{k: rng.normal(size=s) for k, (s, _) in SHAPES.items()} for _ in range(2)]
+    grads[0]["matrix"][1] *= 1e3  # one layer's scale must not touch the other's
+    before, got = named(params), run(c, params, grads[:1])
+    step = (got["matrix"] - np.asarray(before["matrix"])) / 0.01
+    for move, g in zip(step, grads[0]["matrix"], strict=True):
+        u, _, v = np.linalg.svd(g, full_matrices=False)
+        size = 0.2 * math.sqrt(4)  # an orthogonal matrix, scaled to Adam's root mean square
+        np.testing.assert_allclose(np.linalg.svd(move)[1], size, rtol=0.35)
+        assert np.sum(move * (u @ v)) / np.linalg.norm(move) / np.sqrt(3) < -0.95
+    adam = adamw(OptimConfig(clip=0.0), before, grads[:1], set())
+    for k in ("table", "bias"):
+        np.testing.assert_allclose(got[k], adam[k], atol=2e-6, err_msg=k)
+
+
+def test_decay_is_for_matrices_by_path():
+    masks = named(decay_mask(OptimConfig(), params_of("gpt2")))
+    assert {k for k, on in masks.items() if on} == {
+        "embed/embedding",
+        "position/embedding",
+        *(f"blocks/attention/{k}/kernel" for k in ("query", "key", "value", "out")),
+        *(f"blocks/mlp/{k}/kernel" for k in ("hidden", "out")),
+    }
+    masks = named(decay_mask(OptimConfig(no_decay="embed|head"), params_of("aether")))
+    assert not masks["embed/embedding"] and not masks["head/kernel"] and masks["blocks/mlp/out/kernel"]
+    assert not masks["blocks/attention/alpha"] and not masks["blocks/mlp/hidden/bias"]  # vectors never
+    assert any(named(decay_mask(OptimConfig(no_decay=""), params_of("aether"))).values())
+
+
+def test_learning_rates_by_path_the_first_match_counts():
+    c = OptimConfig(lr_scale={"embed": 0.5, "embedding|head": 0.1, "alpha": 3.0})
+    scales = named(learning_rate_scales(c, params_of("aether")))
+    assert (scales["embed/embedding"], scales["head/kernel"]) == (0.5, 0.1)
+    assert scales["blocks/attention/alpha"] == scales["blocks/mlp/hidden/alpha"] == 3.0
+    assert scales["blocks/mlp/out/kernel"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (dict(lr_scale={"nothing": 2.0}), "optim.lr_scale has 'nothing'.*no parameter path.*blocks/mlp/out/kernel"),
+        (dict(lr_scale={"(": 2.0}), r"optim.lr_scale has '\('.*not a regular expression"),
+        (dict(no_decay="["), r"optim.no_decay has '\['.*not a regular expression"),
+    ],
+)
+def test_expressions_that_cannot_mean_anything_are_refused(knobs, message):
+    with pytest.raises(InputError, match=message):
+        learning_rate_scales(OptimConfig(**knobs), params_of("aether"))
+
+
+COSINE_MIDDLE = 0.1 + 0.9 * 0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "points"),
+    [
+        ("cosine", {1: 0.1, 5: 0.5, 10: 1.0, 60: COSINE_MIDDLE, 110: 0.1, 111: 0.1, 500: 0.1}),
+        ("linear", {1: 0.1, 10: 1.0, 60: 0.55, 110: 0.1, 500: 0.1}),
+        ("constant", {1: 0.1, 10: 1.0, 60: 1.0, 110: 1.0, 500: 1.0}),
+        ("wsd", {1: 0.1, 10: 1.0, 60: 1.0, 88: 1.0, 99: 0.55, 110: 0.1, 500: 0.1}),
+    ],
+)
+def test_schedules_at_named_points(shape, points):
+    """100 steps after 10 of warm-up; wsd falls in the last 22."""
+    c = OptimConfig(learning_rate=2e-3, schedule=shape, warmup_steps=10, schedule_steps=110)
+    schedule = make_schedule(c)
+    for step, share in points.items():
+        assert float(schedule(step)) == pytest.approx(2e-3 * share, rel=1e-5), step
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant", "wsd"])
+def test_warm_up_may_be_longer_than_the_schedule_or_absent(shape):
+    long = make_schedule(OptimConfig(learning_rate=1.0, schedule=shape, warmup_steps=50, schedule_steps=20))
+    assert float(long(20)) == pytest.approx(0.4) and float(long(50)) == pytest.approx(1.0)
+    assert math.isfinite(float(long(100)))
+    none = make_schedule(OptimConfig(learning_rate=1.0, schedule=shape, warmup_steps=0, schedule_steps=20))
+    assert 0.9 <= float(none(1)) <= 1.0
+    assert float(none(20)) == pytest.approx(1.0 if shape == "constant" else 0.1)
+
+
+def test_wsd_may_decay_over_the_whole_schedule():
+    schedule = make_schedule(OptimConfig(learning_rate=1.0, schedule="wsd", decay_fraction=1.0, warmup_steps=10, schedule_steps=110))
+    assert float(schedule(10)) == 1.0 and float(schedule(60)) == pytest.approx(0.55)
