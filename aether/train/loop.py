@@ -1,10 +1,12 @@
 """The training loop, one for every model and loss."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -34,38 +36,56 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> None
       Stopped: a signal came; everything is saved.
       CheckError: too many non-finite steps in a row.
     """
-    run = start(config, workdir, time.perf_counter() if started is None else started)
-    if run is None:
-        return
+    with stop_signals() as stop:
+        try:
+            run = start(config, workdir, time.perf_counter() if started is None else started)
+            stop.patient = True
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"Stopped by {stop()} during the start, so nothing is lost; the same command goes on."
+            ) from None
+        if run is not None:
+            _advance(run, stop)
+
+
+def _advance(run: Run, stop: "Stop") -> None:
+    """Make the updates that are left, or those until a signal comes."""
     c, state, step = run.config, run.state, run.start
-    with reporter_of(run) as reporter, stop_signals() as stop, Profiler(run) as profiler:
-        evaluate = Evaluator(run, reporter)
+    with ExitStack() as stack:
+        stack.callback(run.checkpoints.close)
+        reporter = stack.enter_context(reporter_of(run))
+        profiler = stack.enter_context(Profiler(run))
+        evaluate = Evaluator(run, reporter, stop)
         meter = Meter(run, reporter)
-        if step and evaluate.due(step):
-            evaluate(step, state)
-        batches = train_batches(run.corpus, c.data, c.train.seed, step, jax.process_index(), jax.process_count())
+        if step:
+            evaluate(step, state)  # what a signal left out
+        batches: Any = train_batches(run.corpus, c.data, c.train.seed, step, jax.process_index(), jax.process_count())
+        stack.callback(batches.close)
+
+        def save(loss: float | None = None) -> None:
+            reporter.flush()
+            run.checkpoints.save(step, state, meta={}, loss=loss)
+
         meter.begin()
-        while step < c.train.steps:
-            profiler(step)
+        while step < c.train.steps and not stop():
+            profiler(step, state)
             batch = parallel.to_global(meter.waiting(next, batches), run.mesh)
             state, metrics = run.step(state, batch)
             step += 1
             meter(step, metrics)
-            last = step == c.train.steps
-            if not (last or stop() or evaluate.due(step) or divides(c.checkpoint.every, step)):
-                continue
-            meter.finish()
-            loss = evaluate(step, state) if evaluate.due(step) and not stop() else None
-            if last or stop() or divides(c.checkpoint.every, step):
-                reporter.flush()
-                run.checkpoints.save(step, state, meta={}, loss=loss)
-            if stop() and not last:
-                run.checkpoints.close()
-                raise Stopped(
-                    f"Stopped by {stop()} and saved at step {step} of {c.train.steps}; the same command goes on."
-                )
-            meter.begin()
+            saving = step == c.train.steps or divides(c.checkpoint.every, step)
+            if saving or evaluate.due(step):
+                meter.finish()
+                loss = evaluate(step, state)
+                if saving:
+                    save(loss)
+                meter.begin()
+        meter.finish()
+        if stop():
+            save()  # unless this step is saved already
         run.checkpoints.close()
+        if step < c.train.steps or evaluate.due(step):
+            raise Stopped(f"Stopped by {stop()} and saved at step {step} of {c.train.steps}; the same command goes on.")
     say(finished(run.workdir))
 
 
@@ -74,23 +94,38 @@ def divides(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], str]]:
-    """Note SIGTERM and Ctrl-C instead of dying of them; yields a function that names the one that came, or "".
+class Stop:
+    """Tells whether SIGTERM or Ctrl-C came: calling it names the signal, or returns "".
 
-    A second Ctrl-C interrupts at once.
+    Until it is `patient` a signal interrupts at once: nothing is made yet that could be lost. After that the loop looks
+    at it, and only a second Ctrl-C interrupts.
     """
-    seen: list[str] = []
 
-    def note(number: int, frame: Any) -> None:
-        if seen and number == signal.SIGINT:
+    def __init__(self) -> None:
+        self.patient = False
+        self._seen = ""
+
+    def __call__(self) -> str:
+        """Return the name of the signal that came."""
+        return self._seen
+
+    def note(self, number: int, frame: Any) -> None:
+        """Take a signal."""
+        again, self._seen = bool(self._seen), signal.Signals(number).name
+        if not self.patient or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
-        seen.append(signal.Signals(number).name)
-        say(f"{seen[0]}: saving at the end of this step")
+        if jax.process_index() == 0:  # not through sys.stderr, which this may have interrupted in the middle of a write
+            with suppress(OSError):
+                os.write(2, f"\n{self._seen}: saving at the end of this step\n".encode())
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Note SIGTERM and Ctrl-C instead of dying of them."""
+    stop = Stop()
+    old = {number: signal.signal(number, stop.note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: seen[0] if seen else ""
+        yield stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -112,7 +147,7 @@ def reporter_of(run: Run) -> Reporter:
 
 
 class Meter:
-    """Turns the metrics of steps into lines, one step late so that the device never waits for the host.
+    """Turns the metrics of steps into lines, on accelerators one step late so that they never wait for the host.
 
     Adds `tokens_per_second`, `mfu` and `data_wait` (share of the time) over the steps since the line before; pauses for
     evaluations and saves do not count.
@@ -123,6 +158,8 @@ class Meter:
         peak = peak_flops(list(run.mesh.devices.flat))
         self.flops_share = flops_per_token(run.config, run.state.params) / peak if peak else None
         self.late: tuple[int, dict[str, jax.Array]] | None = None
+        # On a CPU a step may be done when its call returns: reading late would date it to the step after.
+        self.at_once = run.mesh.devices.flat[0].platform == "cpu"
 
     def begin(self) -> None:
         """Start the clock, at first or after a pause."""
@@ -139,28 +176,31 @@ class Meter:
         """Take the metrics of a step, and report those of the step before."""
         self.finish()
         self.late = step, metrics
+        if self.at_once:
+            self.finish()
 
     def finish(self) -> None:
         """Report what is still late."""
         if self.late is None:
             return
-        step, metrics = self.late
-        self.late = None
+        (step, metrics), self.late = self.late, None
         self.steps += 1
-        if step % self.run.config.train.log_every and step != self.run.config.train.steps:
-            return
+        in_a_row = int(metrics["skipped_in_a_row"])
+        every, last = self.run.config.train.log_every, self.run.config.train.steps
+        if in_a_row or step == last or divides(every, step):
+            self._report(step, metrics)
+        if in_a_row:
+            self._complain(step, in_a_row)
+
+    def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         values: dict[str, float | None] = {k: v.item() for k, v in jax.device_get(metrics).items()}
-        values["tokens"] = int(values["tokens"] or 0)
-        now = time.perf_counter()
-        seconds = now - self.clock
+        del values["skipped_in_a_row"]
+        seconds = time.perf_counter() - self.clock
         rate = self.steps * self.run.config.data.batch_size * self.run.config.data.context / seconds
         mfu = None if self.flops_share is None else rate * self.flops_share
         values |= dict(tokens_per_second=rate, mfu=mfu, data_wait=self.waited / seconds)
-        in_a_row = int(values.pop("skipped_in_a_row") or 0)
         self.reporter.train(step, values)
         self.begin()
-        if in_a_row:
-            self._complain(step, in_a_row)
 
     def _complain(self, step: int, in_a_row: int) -> None:
         c = self.run.config
@@ -169,19 +209,25 @@ class Meter:
             return
         self.reporter.flush()
         steps = range(step - in_a_row, step)
-        ids = [f"step {s + 1}: {' '.join(batch_ids(self.run.corpus, c.data, c.train.seed, s))}" for s in steps]
+        ids = [f"step {s + 1}: {named(batch_ids(self.run.corpus, c.data, c.train.seed, s))}" for s in steps]
         raise CheckError(
             f"{in_a_row} steps in a row were not finite (train.max_skipped is {c.train.max_skipped}); lower "
             f"optim.learning_rate or look at these batches (text:sequence): {'; '.join(ids)}."
         )
 
 
+def named(ids: list[str], most: int = 16) -> str:
+    """Put the first few names in a row."""
+    return " ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
 @dataclass
 class Evaluator:
-    """Scores the validation sets, shows a sample, and draws the curves."""
+    """Scores the validation sets, shows a sample, and draws the curves; a signal cuts it short."""
 
     run: Run
     reporter: Reporter
+    stop: Stop
 
     def __post_init__(self) -> None:
         run = self.run
@@ -202,25 +248,32 @@ class Evaluator:
         return wanted and not all(self.reporter.has(step, name) for name in self.run.corpus.validation)
 
     def __call__(self, step: int, state: Any) -> float | None:
-        """Evaluate the (averaged) parameters; return the loss on the first validation set."""
+        """Evaluate the (averaged) parameters if that is due; return the loss on the first validation set.
+
+        Sets that a signal leaves out are due again when the run goes on.
+        """
+        if not self.due(step):
+            return None
         c, run = self.run.config, self.run
         params = state.params if state.ema is None else state.ema
         losses = []
-        for name in run.corpus.validation:
+        for name in [n for n in run.corpus.validation if not self.reporter.has(step, n)]:
             batches = validation_batches(
                 run.corpus, c.data, name, c.train.eval_batches, jax.process_index(), jax.process_count()
             )
-            scores = self.score(params, batches)
+            scores = self.score(params, takewhile(lambda _: not self.stop(), batches))
+            if self.stop():
+                return None
             losses.append(scores["loss"])
             self.reporter.validation(step, name, scores)
         if c.train.sample_tokens:
             self.reporter.sample(step, self.sample(params))
         self.reporter.curves()
-        return losses[0] if losses else None
+        return losses[0]
 
     def sample(self, params: Any) -> str:
         """Return `train.sample_prompt` and what the model writes after it."""
         c, tokenizer = self.run.config.train, self.run.corpus.tokenizer
         settings = dict(temperature=0.8, seed=c.seed)
         pieces = text_stream(self.decoder, params, tokenizer, c.sample_prompt, c.sample_tokens, **settings)
-        return c.sample_prompt + "".join(pieces)
+        return c.sample_prompt + "".join(takewhile(lambda _: not self.stop(), pieces))

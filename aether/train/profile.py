@@ -1,6 +1,6 @@
 """A profiler trace of some steps."""
 
-from typing import Self
+from typing import Any, Self
 
 import jax
 
@@ -21,17 +21,18 @@ class Profiler:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def __call__(self, step: int) -> None:
-        """Start or stop before update `step` + 1 is made."""
-        if step in self.span and not self.active:
-            jax.profiler.start_trace(self.folder)
-            self.active = True
-        elif self.active and step not in self.span:
-            self._stop()
+    def __call__(self, step: int, state: Any) -> None:
+        """Start or stop before update `step` + 1 is made; `state` is waited for, lest a step be cut in two."""
+        if self.active != (step in self.span):
+            jax.block_until_ready(state)
+            if self.active:
+                self._stop()
+            else:
+                jax.profiler.start_trace(self.folder)
+                self.active = True
 
     def _stop(self) -> None:
         if self.active:
-            jax.effects_barrier()
             jax.profiler.stop_trace()
             self.active = False
             say(f"trace of steps {self.span.start + 1} to {self.span.stop} in {self.folder}")

@@ -19,11 +19,12 @@ from aether import parallel
 from aether.checkpoint import Checkpoints
 from aether.config import Config, build, differences
 from aether.data.loader import Corpus, load_corpus
-from aether.data.tokenizers import save_tokenizer
+from aether.data.tokenizers import restore_tokenizer, save_tokenizer
 from aether.errors import InputError
 from aether.evaluate.metrics import bound_loss
 from aether.losses import LOSSES, Loss
 from aether.models import MODELS
+from aether.train.report import METRICS, Metrics, check_wandb, finished
 from aether.train.step import TrainState, init_state, make_step
 from aether.workdir import Workdir
 
@@ -80,13 +81,15 @@ def start(config: Config, path: str, started: float) -> Run | None:
       InputError: the workdir holds a run that this config cannot continue, or the config does not fit data or devices.
     """
     phases = Phases(started)
+    check_wandb(config.train.wandb)
     workdir = Workdir(path, primary=jax.process_index() == 0)
     saved = workdir.read_json("config.json") if workdir.exists() else None
     with phases("data"):
         config, corpus = _open_data(config, saved, path)
     record = _record(config, corpus, saved)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, log=say)
-    if saved and _is_finished(config, checkpoints.latest(), path):
+    if saved and _is_finished(config, checkpoints.latest(), workdir, list(corpus.validation)):
+        say(f"{finished(workdir)}; nothing is left to do (a larger train.steps goes on).")
         return None
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(config.data.batch_size, config.train.accumulate, mesh)
@@ -132,15 +135,17 @@ def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> tuple
     return config.resolved(corpus.tokenizer.vocab_size), corpus
 
 
-def _is_finished(config: Config, latest: int | None, path: str) -> bool:
+def _is_finished(config: Config, latest: int | None, workdir: Workdir, validation: list[str]) -> bool:
+    """Return whether all steps are made and the last evaluation is written down."""
     if latest is None or latest < config.train.steps:
         return False
     if latest > config.train.steps:
         raise InputError(
-            f"The run in {path} has made {latest} steps and train.steps is {config.train.steps}; "
+            f"The run in {workdir.path} has made {latest} steps and train.steps is {config.train.steps}; "
             f"set it above {latest} to go on, or give another --workdir."
         )
-    return True
+    metrics = Metrics(workdir.file(METRICS))
+    return all(metrics.has(latest, name) for name in validation)
 
 
 def _record(config: Config, corpus: Corpus, saved: dict[str, Any] | None) -> dict[str, Any]:
@@ -206,25 +211,35 @@ def _first_state(config: Config, make: Callable[[], TrainState], mesh: Mesh, lik
     state: TrainState = jax.jit(make, out_shardings=parallel.shardings(like, mesh))()
     if not config.train.init_from:
         return state
-    folder, _, at = config.train.init_from.partition("@")
-    if at and not at.isdecimal():
-        raise InputError(
-            f"train.init_from is {config.train.init_from!r}; what follows the @ is a step, a whole number."
-        )
+    folder, at = _source(config.train.init_from)
     source = Workdir(folder, primary=False)
+    if not source.exists():
+        raise InputError(f"train.init_from is {config.train.init_from!r}, but {folder} holds no run (no config.json).")
     other = source.read_json("config.json")
-    if other["config"]["data"]["tokenizer"] != config.data.tokenizer:
+    theirs = restore_tokenizer(str(source.local / "tokenizer"))
+    if theirs.hash != corpus.tokenizer.hash:
         raise InputError(
-            f"train.init_from names a run with data.tokenizer={other['config']['data']['tokenizer']!r}, "
-            f"this one has {config.data.tokenizer!r}; use the same tokenizer."
+            f"train.init_from names a run with the tokenizer {theirs.spec} ({theirs.vocab_size} ids, "
+            f"{theirs.hash[:8]}), and this one has {corpus.tokenizer.spec} ({corpus.tokenizer.vocab_size} ids, "
+            f"{corpus.tokenizer.hash[:8]}); set data.tokenizer to the same one."
         )
     part = "ema" if other["config"]["train"]["ema"] else "params"
     saved = Checkpoints(source.checkpoints, config.checkpoint, log=say)
-    state.params, _, step = saved.restore_params(like.params, int(at) if at else None, part=part)
+    state.params, _, step = saved.restore_params(like.params, at, part=part)
     if config.train.ema:
         state.ema = jax.tree.map(lambda p: p.copy(), state.params)
     say(f"starting from the parameters of {folder} at step {step}")
     return state
+
+
+def _source(text: str) -> tuple[str, int | None]:
+    """Split DIR@STEP; DIR may have an @ of its own."""
+    folder, _, at = text.rpartition("@")
+    if not folder or "/" in at:
+        return text, None
+    if not at.isdecimal():
+        raise InputError(f"train.init_from is {text!r}; what follows the @ is a step, a whole number.")
+    return folder, int(at)
 
 
 def compile_step(config: Config, graph: nnx.GraphDef, loss: Loss, like: Any, mesh: Mesh) -> Any:
