@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from aether.workdir import write_atomic
+from aether.storage import write_atomic
 from tools.study_plan import Combination, Results, Study, loss_of
 
 MISSING, DIVERGED = "–", "diverged"
@@ -32,14 +32,11 @@ def main_table(study: Study, results: Results) -> tuple[list[str], list[list[str
         first = first or losses
         pairs = [b - a for a, b in zip(first, losses, strict=True) if a is not None and b is not None]
         known = [record for record in records if record and record["status"] == "done"]
-        parameters, speed = (
-            [f"{statistics.median(r[name] for r in known):,.0f}"] if known else [MISSING]
-            for name in ("parameters", "tokens_per_second")
-        )
+        sizes = [count([r.get(name) for r in known]) for name in ("parameters", "tokens_per_second")]
         value = [chosen(study, c, results)] if swept else []
         mean = spread([loss for loss in losses if loss is not None])
         difference = spread(pairs, "+") if rows else ""
-        rows.append([c.label, *value, mean, *map(number, losses), difference, *parameters, *speed])
+        rows.append([c.label, *value, mean, *map(number, losses), difference, *sizes])
     return head, rows
 
 
@@ -100,6 +97,12 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     if not math.isfinite(mean):
         return DIVERGED if values else MISSING
     return f"{mean:{sign}.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+
+
+def count(values: Sequence[float | None]) -> str:
+    """Write the median of what is known."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):,.0f}" if known else MISSING
 
 
 def number(loss: float | None) -> str:
