@@ -1,4 +1,4 @@
-"""Compare settings, each at its own best learning rate, and print the tables.
+r"""Compare settings, each at its own best learning rate, and print the tables.
 
   python -m tools.study --config=configs/shakespeare_char.py --config.data.path=tinyshakespeare.txt --out=runs/study \
       --vary=model.kind=gpt2,aether --sweep=optim.learning_rate=1e-3,2e-3,3e-3,6e-3,1e-2,2e-2 --seeds=3 --jobs=2
