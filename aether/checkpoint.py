@@ -7,21 +7,19 @@ On disks an unfinished folder has another name and is renamed when complete; on 
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
+from aether import arrays, storage
 from aether.config import CheckpointConfig
 from aether.errors import InputError, StorageError
 
@@ -34,32 +32,7 @@ UNFINISHED = (".orbax-checkpoint-tmp", "deleted-")  # parts of names that killed
 # moving its entry in record["arrays"]; "key" in the entry goes on naming it on disk.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
-# Reasons for which a sound checkpoint cannot be read at the moment; Orbax carries TensorStore's in the text.
-NOT_DAMAGE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-
-
 _log = logging.getLogger(__name__).warning
-
-
-class _DamagedError(StorageError):
-    """A checkpoint that is there but cannot be read, so that an older one may serve."""
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Return {"opt_state/0/mu/kernel": leaf, ...}, in the order of the tree's leaves.
-
-    Raises:
-      ValueError: two leaves have one name.
-    """
-    named: dict[str, Any] = {}
-    for path, leaf in tree_flatten_with_path(tree)[0]:
-        if path[-1:] == (GetAttrKey("value"),):  # what an nnx.Variable holds
-            path = path[:-1]
-        name = keystr(path, simple=True, separator="/")
-        if name in named:
-            raise ValueError(f"Two leaves of the state have the name {name!r}; rename one of them.")
-        named[name] = leaf
-    return named
 
 
 class Checkpoints:
@@ -115,17 +88,17 @@ class Checkpoints:
         self._clean()
         if step in self.steps():
             return
-        arrays = {name: _owned(leaf) for name, leaf in named_leaves(state).items()}
+        leaves = {name: arrays.owned(leaf) for name, leaf in arrays.named_leaves(state).items()}
         record = {
             "format": FORMAT,
             "step": step,
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
-            "arrays": {k: {"key": k, "shape": list(v.shape), "dtype": str(v.dtype)} for k, v in arrays.items()},
+            "arrays": {k: {"key": k, "shape": list(v.shape), "dtype": str(v.dtype)} for k, v in leaves.items()},
             "meta": dict(meta),
         }
         json.dumps(record)  # what JSON cannot hold is the caller's mistake: say so here, not in the writer's thread
         with self._writing():
-            self._write(step, arrays, record)
+            self._write(step, leaves, record)
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
         """Read (state, meta, step) into the shapes, dtypes and shardings of `like`; by default the newest sound one.
@@ -138,7 +111,7 @@ class Checkpoints:
         """
         self.wait()
         self._clean()
-        values, meta, found, damaged = self._newest(named_leaves(like), step, "")
+        values, meta, found, damaged = self._newest(arrays.named_leaves(like), step, "")
         if damaged:
             with self._writing():
                 self._set_aside(damaged)
@@ -148,7 +121,7 @@ class Checkpoints:
         self, like_params: Any, step: int | None = None, *, part: str = "params"
     ) -> tuple[Any, dict[str, Any], int]:
         """Read (parameters, meta, step) from the arrays under `part` alone; like `restore`, but renames nothing."""
-        wanted = {f"{part}/{name}": leaf for name, leaf in named_leaves(like_params).items()}
+        wanted = {f"{part}/{name}": leaf for name, leaf in arrays.named_leaves(like_params).items()}
         values, meta, found, _ = self._newest(wanted, step, f"{part}/")
         return jax.tree.unflatten(jax.tree.structure(like_params), values), meta, found
 
@@ -172,7 +145,7 @@ class Checkpoints:
             if self._stage:
                 shutil.rmtree(self._stage, ignore_errors=True)
 
-    def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
+    def _write(self, step: int, leaves: dict[str, Any], record: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
         if self._staged and jax.process_count() > 1:
@@ -184,7 +157,7 @@ class Checkpoints:
             self._open()
         self._saving = record
         root = self._stage if self._staged else self._home
-        self._writer.save(root / str(step), args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays)))
+        self._writer.save(root / str(step), args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)))
 
     def _open(self) -> None:
         import orbax.checkpoint as ocp
@@ -205,12 +178,11 @@ class Checkpoints:
         record = self._saving
         root, name = self._stage if self._staged else self._home, str(record["step"])
         (folder,) = [p for p in root.iterdir() if p.name.split(".")[0] == name]
-        sums = not self._remote or self._staged
-        files = {str(p.relative_to(folder)): _fingerprint(p, sums) for p in _files(folder / "state")}
+        sums = not self._remote or self._staged  # object stores keep checksums themselves
+        files = {str(p.relative_to(folder)): storage.fingerprint(p, sums) for p in storage.files_of(folder / "state")}
         (folder / META).write_text(json.dumps({**record, "files": files}))
         if self._staged:
-            for file in _files(folder):
-                _copy(file, self._home / name / file.relative_to(folder))
+            storage.copy_folder(folder, self._home / name)
             (self._home / name / MARKER).write_text("complete\n")
 
     def _prune(self) -> None:
@@ -264,7 +236,7 @@ class Checkpoints:
             if step not in self._losses:
                 try:
                     self._losses[step] = self._record(self._home / str(step)).get("loss")
-                except (_DamagedError, InputError):
+                except (storage.DamagedError, InputError):
                     self._losses[step] = None
         ranked = [(loss, -step) for step in steps if (loss := self._losses[step]) is not None]
         return [-negative for _, negative in sorted(ranked)]
@@ -283,7 +255,7 @@ class Checkpoints:
         for candidate in reversed(there):
             try:
                 return *self._load(candidate, wanted, scope), candidate, damaged
-            except _DamagedError as e:
+            except storage.DamagedError as e:
                 self._log(f"{e} Trying the one before it.")
                 damaged.append(candidate)
         raise StorageError(f"None of the checkpoints in {self.directory} can be read ({', '.join(map(str, there))}).")
@@ -293,21 +265,22 @@ class Checkpoints:
         error: Exception | None = None
         result: Any = None
         try:
-            with self._local(step) as folder:
+            folder = self._home / str(step)
+            with storage.local_copy(folder) if self._staged else contextlib.nullcontext(folder) as folder:
                 record = self._record(folder)
-                _check(record["arrays"], wanted, scope, f"Checkpoint {step} in {self.directory}")
+                arrays.check(record["arrays"], wanted, scope, f"Checkpoint {step} in {self.directory}")
                 if jax.process_index() == 0:
-                    _verify(folder, record["files"], sums=not scope)
+                    storage.verify(folder, record["files"], sums=not scope)
                 result = _read(folder / "state", record["arrays"], wanted), record["meta"]
         except InputError:
             raise
         except Exception as e:
-            if not _is_damage(e):
-                raise StorageError(f"Cannot read checkpoint {step} in {self.directory}: {_line(e)}") from e
+            if not storage.is_damage(e):
+                raise StorageError(f"Cannot read checkpoint {step} in {self.directory}: {storage.one_line(e)}") from e
             error = e
         if not _everywhere(error is None):
-            why = _line(error) if error else "another process could not read its part"
-            raise _DamagedError(f"Checkpoint {step} in {self.directory} is damaged ({why}).") from error
+            why = storage.one_line(error) if error else "another process could not read its part"
+            raise storage.DamagedError(f"Checkpoint {step} in {self.directory} is damaged ({why}).") from error
         return result
 
     def _record(self, folder: Any) -> dict[str, Any]:
@@ -316,7 +289,7 @@ class Checkpoints:
             record = json.loads((folder / META).read_text())
             version = int(record["format"])
         except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
-            raise _DamagedError(f"{folder}/{META} cannot be read: {_line(e)}") from e
+            raise storage.DamagedError(f"{folder}/{META} cannot be read: {storage.one_line(e)}") from e
         if version > FORMAT:
             raise InputError(
                 f"Checkpoint {folder} has format {version}, and this Aether reads up to format {FORMAT}; update Aether."
@@ -326,20 +299,6 @@ class Checkpoints:
                 raise InputError(f"Checkpoint {folder} has format {version}; this Aether, at {FORMAT}, cannot read it.")
             record = UPGRADES[old](record)
         return record
-
-    @contextlib.contextmanager
-    def _local(self, step: int) -> Iterator[Any]:
-        """Yield the step's folder where Orbax can read it."""
-        if not self._staged:
-            yield self._home / str(step)
-            return
-        from etils import epath
-
-        with tempfile.TemporaryDirectory(prefix="aether-checkpoint-") as copy:
-            folder = self._home / str(step)
-            for file in _files(folder):
-                _copy(file, epath.Path(copy) / file.relative_to(folder))
-            yield epath.Path(copy)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -352,25 +311,14 @@ class Checkpoints:
             if jax.process_index() == 0 and self._home.exists():
                 with contextlib.suppress(Exception):
                     self._sweep()
-            if _is_full(e):
+            if storage.is_full(e):
                 raise StorageError(
                     f"No space is left for checkpoints in {self.directory}; free some or choose another workdir. "
                     "Earlier checkpoints are untouched."
                 ) from e
-            raise StorageError(f"Cannot write checkpoints in {self.directory}: {_line(list(_chain(e))[-1])}") from e
-
-
-def _owned(leaf: Any) -> Any:
-    """Return an array that donating or changing `leaf` does not touch.
-
-    On accelerators Orbax copies to the host before `save` returns. On a CPU it reads the same memory, and a donated
-    step would wait for the writer.
-    """
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf)
-    devices: set[Any] = leaf.devices()
-    on_cpu = next(iter(devices)).platform == "cpu"
-    return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_cpu else leaf
+            raise StorageError(
+                f"Cannot write checkpoints in {self.directory}: {storage.one_line(list(storage.causes(e))[-1])}"
+            ) from e
 
 
 def _read(folder: Any, saved: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
@@ -379,7 +327,7 @@ def _read(folder: Any, saved: dict[str, Any], wanted: dict[str, Any]) -> list[An
 
     _silence_orbax()
     keys = {name: saved[name]["key"] for name in wanted}
-    targets = {keys[name]: _target(leaf) for name, leaf in wanted.items()}
+    targets = {keys[name]: arrays.target_of(leaf) for name, leaf in wanted.items()}
     how = {
         key: ocp.RestoreArgs(restore_type=np.ndarray, dtype=t.dtype)
         if isinstance(t, np.ndarray)
@@ -395,29 +343,6 @@ def _read(folder: Any, saved: dict[str, Any], wanted: dict[str, Any]) -> list[An
     ]
 
 
-def _target(leaf: Any) -> Any:
-    """Return what to read a leaf as: a NumPy array, or a device array with a sharding."""
-    if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)):
-        return np.asarray(leaf)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check(saved: dict[str, Any], wanted: dict[str, Any], scope: str, where: str) -> None:
-    """Raise `InputError` at the first array whose name, shape or dtype is not the one wanted."""
-    for name, leaf in wanted.items():
-        target = _target(leaf)
-        want = f"{target.dtype}{list(target.shape)}"
-        if name not in saved:
-            raise InputError(f"{where} has no array {name}, which is {want} here; use the config it was made with.")
-        have = f"{saved[name]['dtype']}{saved[name]['shape']}"
-        if have != want:
-            raise InputError(f"{where} has {name} as {have}, but here it is {want}; use the config it was made with.")
-    for name in saved:
-        if name.startswith(scope) and name not in wanted:
-            raise InputError(f"{where} has an array {name}, which is not here; use the config it was made with.")
-
-
 def _everywhere(ok: bool) -> bool:
     """Tell whether `ok` holds on all processes; they wait here for each other."""
     if jax.process_count() == 1:
@@ -425,76 +350,6 @@ def _everywhere(ok: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
-
-
-def _files(folder: Any) -> Iterator[Any]:
-    for item in folder.iterdir():
-        if item.is_dir():
-            yield from _files(item)
-        else:
-            yield item
-
-
-def _copy(source: Any, target: Any) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as read, target.open("wb") as write:
-        shutil.copyfileobj(read, write, 1 << 20)
-
-
-def _fingerprint(file: Any, sums: bool) -> list[int]:
-    """Return [bytes] or [bytes, CRC-32] of a file. Object stores keep checksums themselves."""
-    size = file.stat().length
-    if not sums:
-        return [size]
-    crc = 0
-    with file.open("rb") as read:
-        while block := read.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _verify(folder: Any, files: dict[str, list[int]], sums: bool) -> None:
-    """Raise `_DamagedError` at the first file that is not as it was written; without `sums`, go by the size."""
-    for name, (size, *crc) in files.items():
-        if not (folder / name).exists():
-            raise _DamagedError(f"{name} is missing")
-        now = _fingerprint(folder / name, sums and bool(crc))
-        if now[0] != size:
-            raise _DamagedError(f"{name} has {now[0]} bytes, not {size}")
-        if now[1:] != crc[: len(now) - 1]:
-            raise _DamagedError(f"{name} has another checksum than when it was written")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_full(error: BaseException) -> bool:
-    """Tell a full disk or quota, from the error number or from the words of TensorStore and fsspec."""
-    marks = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota exceeded")
-    for e in _chain(error):
-        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if not isinstance(e, jax.errors.JaxRuntimeError) and any(m in str(e) for m in marks):  # that is device memory
-            return True
-    return False
-
-
-def _is_damage(error: Exception) -> bool:
-    """Tell a checkpoint with wrong content from one that cannot be reached at the moment."""
-    if isinstance(error, OSError):
-        return isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        raise error
-    return not any(mark in str(error) for mark in NOT_DAMAGE)
-
-
-def _line(error: BaseException) -> str:
-    """Return the start of an error's text, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _silence_orbax() -> None:

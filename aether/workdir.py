@@ -6,12 +6,10 @@ under `$AETHER_CACHE`, and `Workdir.sync` uploads what changed. The remote is th
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,55 +17,14 @@ from typing import Any
 
 from aether.config import dumps
 from aether.errors import InputError, StorageError
+from aether.storage import storage_errors, write_atomic
 
-REASONS = {
-    errno.ENOSPC: "disk full",
-    errno.EDQUOT: "disk quota reached",
-    errno.EIO: "input/output error",
-    errno.EROFS: "read-only file system",
-    errno.EACCES: "no permission",
-    errno.EPERM: "not permitted",
-}
 # Protocol -> the extra of this package that installs its fsspec driver.
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 CHECKPOINTS = "checkpoints"
 INDEX = ".index.json"  # in a mirror: name -> [version on the remote, size and time of the local file]
 # What tells versions of a remote object apart: the first of these that its file system reports.
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
-
-
-@contextlib.contextmanager
-def storage_errors(path: str | Path) -> Iterator[None]:
-    """Turn the `OSError`s of a full or broken disk into `StorageError`s that name `path` and the reason."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in REASONS:
-            raise
-        raise StorageError(
-            f"Cannot write {path}: {REASONS[e.errno]}. Free it up, then run the same command again."
-        ) from e
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file whole: after a crash there is the old content or the new one, never a part.
-
-    Raises:
-      StorageError: the disk is full or cannot be written; the old file is untouched.
-    """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with open(handle, "wb") as f:
-                os.fchmod(f.fileno(), 0o644)
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
 
 
 class Workdir:

@@ -18,8 +18,8 @@ import optax
 import pytest
 from flax import nnx
 
-from aether import checkpoint
-from aether.checkpoint import Checkpoints, named_leaves
+from aether import checkpoint, storage
+from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig
 from aether.errors import InputError, StorageError
 
@@ -118,21 +118,6 @@ def run(script, **env):
 # Names and values
 
 
-def test_names_come_from_tree_paths_alone():
-    names = list(named_leaves(make_state()))
-    assert names[:4] == ["step", "params/head/kernel", "params/mlp/bias", "params/mlp/kernel"]
-    assert "opt_state/0/mu/mlp/kernel" in names and not any("value" in n for n in names)
-
-
-def test_two_leaves_with_one_name_are_refused():
-    with pytest.raises(ValueError, match="'a/b'"):
-        named_leaves({"a": {"b": 1}, "a/b": 2})
-
-
-def test_a_dict_key_called_value_stays_in_the_name():
-    assert list(named_leaves({"a": {"value": 1, "b": 2}})) == ["a/b", "a/value"]
-
-
 def test_a_train_state_comes_back_bit_by_bit(opened):
     state = make_state(3)
     c = opened()
@@ -172,14 +157,6 @@ def test_the_state_may_be_donated_right_after_save(opened):
     c.save(1, state, meta={})
     spoil(state)
     same(c.restore(abstract(make_state()))[0], before)
-
-
-def test_arrays_are_copied_before_the_writer_reads_them():
-    x = jnp.arange(1000.0)
-    y = checkpoint._owned(x)
-    assert x.unsafe_buffer_pointer() != y.unsafe_buffer_pointer() and (x == y).all()
-    n = np.zeros(3)
-    assert not np.shares_memory(n, checkpoint._owned(n))
 
 
 def test_meta_that_json_cannot_hold_is_refused_at_once(opened):
@@ -444,7 +421,7 @@ def test_values_are_equal_on_another_mesh(tmp_path):
         f"""
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from aether import checkpoint
+        from aether import arrays, checkpoint
         from aether.config import CheckpointConfig
         c = checkpoint.Checkpoints({str(tmp_path / "c")!r}, CheckpointConfig())
         value = np.asarray(jax.random.normal(jax.random.key(0), (16, 24)))
@@ -453,7 +430,7 @@ def test_values_are_equal_on_another_mesh(tmp_path):
             return jax.device_put(value, NamedSharding(mesh, spec))
         x = placed((4, 2), P("x", "y"))
         assert all(a.data.unsafe_buffer_pointer() != b.data.unsafe_buffer_pointer()
-                   for a, b in zip(x.addressable_shards, checkpoint._owned(x).addressable_shards))
+                   for a, b in zip(x.addressable_shards, arrays.owned(x).addressable_shards))
         c.save(1, {{"w": x, "half": placed((8, 1), P()).astype(jnp.bfloat16)}}, meta={{}})
         others = placed((2, 4), P("y", "x")), placed((8, 1), P(None, "x")), placed((1, 8), P())
         for like in (*others, jnp.asarray(value)):
@@ -584,7 +561,7 @@ def test_an_error_of_the_writer_is_found_at_the_next_save(opened, monkeypatch, e
         raise RuntimeError("while writing") from error
 
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "_fingerprint", fail)
+        m.setattr(storage, "fingerprint", fail)
         c.save(1, make_state(1), meta={})
         with pytest.raises(StorageError, match=message):
             c.save(2, make_state(2), meta={})
@@ -626,7 +603,7 @@ def test_an_object_store_without_arrays_in_orbax_works_through_a_stage(opened, b
     truncate(bucket / "run" / "3")
     assert c.restore(abstract(make_state()))[2] == 2 and c.steps() == [2]
     c.close()
-    assert not list(pathlib.Path(tmp_path).glob("aether-checkpoint-*"))
+    assert not list(pathlib.Path(tmp_path).glob("aether-*"))
 
 
 def test_orbax_does_not_talk_to_the_user(opened):

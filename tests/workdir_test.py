@@ -1,6 +1,5 @@
 """The run folder: atomic files, a remote folder seen from two machines, and disks that fail."""
 
-import errno
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ import fsspec
 import pytest
 
 from aether.errors import InputError, StorageError
-from aether.workdir import REASONS, Workdir, storage_errors, write_atomic
+from aether.workdir import Workdir
 
 REMOTE = "memory://bucket/run"
 
@@ -84,31 +83,6 @@ def test_missing_and_damaged_json(tmp_path):
     (tmp_path / "config.json").write_text('{"a": ')
     with pytest.raises(StorageError, match="config.json"):
         work.read_json("config.json")
-
-
-def test_atomic_write_leaves_the_old_file_when_the_new_one_fails(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    write_atomic(path, b"old")
-
-    def full(fd):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"a\.json: disk full"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-@pytest.mark.parametrize("code", REASONS)
-def test_failures_of_a_disk_are_storage_errors(code):
-    with pytest.raises(StorageError, match="x/y.*" + REASONS[code]), storage_errors("x/y"):
-        raise OSError(code, "")
-
-
-def test_other_failures_pass_through():
-    with pytest.raises(FileNotFoundError), storage_errors("x"):
-        open("/nonexistent/file")
 
 
 def test_a_really_full_disk(tmp_path):

@@ -14,7 +14,7 @@ from absl import flags
 
 from aether.config import build, differences, dumps, knobs
 from aether.errors import InputError
-from aether.workdir import write_atomic
+from aether.storage import write_atomic
 from launch import cli, overrides
 
 QUIET = ["train.log_every=100", "train.eval_every=0", "train.sample_tokens=0", "checkpoint.every=0"]

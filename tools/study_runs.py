@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aether.errors import AetherError, InputError, Stopped, StorageError
-from aether.workdir import storage_errors
+from aether.storage import storage_errors
 from tools.study_plan import RESULTS, Job, Study, read_results
 
 TRAIN = [sys.executable, "-m", "launch.train"]

@@ -1,0 +1,159 @@
+"""Files on disks and object stores: written whole, copied, verified, and their failures told apart.
+
+Functions that say `Any` for a path take etils' paths, which are local or remote.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aether.errors import StorageError
+
+REASONS = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota reached",
+    errno.EIO: "input/output error",
+    errno.EROFS: "read-only file system",
+    errno.EACCES: "no permission",
+    errno.EPERM: "not permitted",
+}
+
+# Reasons for which sound files cannot be read at the moment; TensorStore's, which come in an error's text.
+NOT_DAMAGE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota exceeded")
+BLOCK = 1 << 20  # bytes read at a time
+
+
+class DamagedError(StorageError):
+    """Files that are there, but not as they were written, so that an older copy may serve."""
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """Turn the `OSError`s of a full or broken disk into `StorageError`s that name `path` and the reason."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in REASONS:
+            raise
+        raise StorageError(
+            f"Cannot write {path}: {REASONS[e.errno]}. Free it up, then run the same command again."
+        ) from e
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file whole: after a crash there is the old content or the new one, never a part.
+
+    Raises:
+      StorageError: the disk is full or cannot be written; the old file is untouched.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with open(handle, "wb") as f:
+                os.fchmod(f.fileno(), 0o644)
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def copy_folder(source: Any, target: Any) -> None:
+    """Copy every file below `source` to the same place below `target`."""
+    for file in files_of(source):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as read, place.open("wb") as write:
+            shutil.copyfileobj(read, write, BLOCK)
+
+
+@contextlib.contextmanager
+def local_copy(folder: Any) -> Iterator[Any]:
+    """Yield a copy of a folder on this machine's disk, deleted afterwards."""
+    from etils import epath
+
+    with tempfile.TemporaryDirectory(prefix="aether-") as name:
+        copy = epath.Path(name)
+        copy_folder(folder, copy)
+        yield copy
+
+
+def files_of(folder: Any) -> Iterator[Any]:
+    """Yield every file below a folder."""
+    for item in folder.iterdir():
+        if item.is_dir():
+            yield from files_of(item)
+        else:
+            yield item
+
+
+def fingerprint(file: Any, sums: bool) -> list[int]:
+    """Return [bytes], or [bytes, CRC-32] with `sums`."""
+    size = file.stat().length
+    if not sums:
+        return [size]
+    crc = 0
+    with file.open("rb") as read:
+        while block := read.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def verify(folder: Any, files: dict[str, list[int]], sums: bool) -> None:
+    """Compare files with their fingerprints; without `sums`, go by the size.
+
+    Raises:
+      DamagedError: the first file that is not as it was written.
+    """
+    for name, (size, *crc) in files.items():
+        if not (folder / name).exists():
+            raise DamagedError(f"{name} is missing")
+        now = fingerprint(folder / name, sums and bool(crc))
+        if now[0] != size:
+            raise DamagedError(f"{name} has {now[0]} bytes, not {size}")
+        if now[1:] != crc[: len(now) - 1]:
+            raise DamagedError(f"{name} has another checksum than when it was written")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_full(error: BaseException) -> bool:
+    """Tell a full disk or quota, from the error number or from the words of TensorStore and fsspec."""
+    from jax.errors import JaxRuntimeError  # its RESOURCE_EXHAUSTED is device memory
+
+    for e in causes(error):
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if not isinstance(e, JaxRuntimeError) and any(mark in str(e) for mark in FULL):
+            return True
+    return False
+
+
+def is_damage(error: Exception) -> bool:
+    """Tell files with wrong content from those that cannot be reached at the moment; lack of memory is raised on."""
+    if isinstance(error, OSError):
+        return isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error
+    return not any(mark in str(error) for mark in NOT_DAMAGE)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the start of an error's text, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
