@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib.util
 import io
 import json
 import math
@@ -21,9 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import aether.train.report as report
 from aether.errors import InputError, StorageError
-from aether.train.report import Console, Curve, Metrics, Reporter, draw, finished
+from aether.train import report
+from aether.train.report import Console, Reporter, finished
 from aether.workdir import Workdir
 
 CONFIG = {"data": {"batch_size": 4, "context": 8}}
@@ -116,17 +117,6 @@ def test_an_untorn_file_is_not_rewritten(reporter, tmp_path):
     inode = (tmp_path / "metrics.jsonl").stat().st_ino
     reporter(start_step=1).close()
     assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
-
-
-@pytest.mark.parametrize(
-    "torn", [b"{}", b'{"step": 1, "split": "train"}', b"\0\0\0\n", b"[1]\n", b'{"step": "1"}\n', b"\xff\n"]
-)
-def test_torn_ends(tmp_path, torn):
-    path = tmp_path / "m"
-    path.write_bytes(b'{"step": 0, "split": "v", "loss": 1.0}\n' + torn)
-    metrics = Metrics(path, start_step=9, write=True)
-    metrics.close()
-    assert metrics.dropped == 1 and metrics.has(0, "v") and path.read_bytes().count(b"\n") == 1
 
 
 def test_other_processes_write_nothing_but_know_what_was_recorded(reporter, tmp_path):
@@ -361,37 +351,6 @@ def test_a_failing_board_is_one_warning(reporter, tmp_path, monkeypatch):
     assert stream.getvalue().count("warning: TensorBoard failed") == 1 and len(lines(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("losses", [[2.0], [None] * 5, [3.0, None, 2.0], list(np.linspace(9, 1, 20_000))])
-def test_any_curve_can_be_drawn(losses):
-    curve = Curve()
-    for step, loss in enumerate(losses, 1):
-        curve.add({"step": step, "loss": loss, "learning_rate": 1e-3})
-    with Image.open(io.BytesIO(draw({"train": curve, "validation": curve}, "ⵟ 名", 32))) as image:
-        assert image.size == (1600, 1000)
-
-
-def test_smoothing_keeps_the_ends_and_the_mean():
-    line = np.linspace(5, 1, 300)
-    smooth = report._smooth(line)
-    assert smooth[0] == 5 and np.allclose(smooth[:290], line[:290]) and abs(smooth[-1] - 1) < 0.1
-    noisy = line + np.random.default_rng(0).normal(size=300)
-    assert np.abs(report._smooth(noisy)[20:] - line[20:]).mean() < 0.35 * np.abs(noisy - line)[20:].mean()
-
-
-def test_thinning_keeps_the_extremes():
-    x, y = np.arange(100_000), np.zeros(100_000)
-    y[77_777], y[5] = 9, -9
-    thin_x, thin_y = report._envelope(x, y)
-    assert len(thin_x) == len(thin_y) == 3000 and thin_y.max() == 9 and thin_y.min() == -9
-    assert abs(thin_x[thin_y.argmax()] - 77_777) < 100
-
-
-def test_short_counts():
-    assert [report._short(n) for n in (0, 950, 1000, 12_345, 999_999, 1_240_000, 2.5e9)] == [
-        "0", "950", "1k", "12.3k", "1000k", "1.24M", "2.5B",
-    ]  # fmt: skip
-
-
 def test_train_costs_little(reporter):
     r = reporter(total_steps=10_000)
     took = []
@@ -403,7 +362,7 @@ def test_train_costs_little(reporter):
 
 
 def test_wandb_that_is_not_installed_names_the_extra(reporter, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         InputError, match=r'train\.wandb is \'p\' but wandb is not installed; pip install "aether\[wandb\]"'
     ):
