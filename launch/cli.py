@@ -59,6 +59,7 @@ def parse(values: flags.FlagValues, argv: list[str]) -> None:
     """Parse `argv` into `values`; what does not fit is an `InputError`."""
     if "config" in values:
         argv = list(_rewrite(argv))
+    flags.FLAGS.mark_as_parsed()  # ours are in a set of their own, but Grain's worker processes read absl's global one
     try:
         rest = values(["launch", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
