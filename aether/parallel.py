@@ -71,7 +71,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
-        if not isinstance(leaf, nnx.Variable):
+        if not isinstance(leaf, nnx.Variable) or not jax.tree.leaves(leaf):  # Muon's state has variables without a value
             return NamedSharding(mesh, P())
         partition = spec(leaf.get_metadata()["axes"])
         for size, axis in zip(leaf.shape, partition, strict=True):
