@@ -19,10 +19,10 @@ VOCAB = 32
 def tiny_config(kind: str = "aether", **overrides: Any) -> Config:
     """Return a resolved config of two layers of width 16; `overrides` are sections, as in `train=dict(steps=3)`."""
     values: dict[str, dict[str, Any]] = dict(
-        model=dict(kind=kind, layers=2, heads=2, width=16, dtype="float32"),
+        model=dict(kind=kind, layers=2, heads=4, width=16, dtype="float32"),
         data=dict(context=8, batch_size=8),
         optim=dict(learning_rate=1e-2, warmup_steps=2),
-        train=dict(steps=20, loss_chunk=4),
+        train=dict(steps=60, loss_chunk=4),
     )
     for section, content in overrides.items():
         values[section] = {**values.get(section, {}), **content}

@@ -1,0 +1,134 @@
+"""The schema: building, resolving, continuing, and what may change on resume."""
+
+import dataclasses
+import re
+
+import pytest
+
+from aether.config import AUTO, KINDS, SIZES, Config, build, default_config, differences, knobs
+from aether.errors import InputError
+
+FREE = (
+    r"mesh\..*|checkpoint\..*|train\.(log_every|eval_every|eval_batches|steps|sample_.*|max_skipped|profile_steps|wandb)"
+    r"|data\.(workers|prefetch|cache_dir|tfds_dir)|model\.remat"
+)
+
+
+def with_(**sections):
+    return build(sections)
+
+
+def test_every_knob_says_what_it_is():
+    for key, f in knobs():
+        assert len(f.metadata["doc"]) > 5 and not f.metadata["doc"].endswith("."), key
+        assert f.type in (str, int, float, bool, dict[str, str], dict[str, float]), (
+            key
+        )  # no Optional: a flag cannot set None
+
+
+def test_defaults_are_within_their_own_bounds():
+    assert build(default_config()) == Config()
+
+
+def test_the_keys_that_others_rely_on_exist():
+    keys = {key for key, _ in knobs()}
+    needed = """train.steps data.path data.batch_size model.size model.kind data.context data.validation train.seed
+        train.log_every train.eval_every checkpoint.every optim.learning_rate train.init_from train.profile_steps"""
+    assert set(needed.split()) <= keys
+    assert Config().train.log_every == 1
+
+
+def test_what_may_change_on_resume_is_what_was_promised():
+    for key, f in knobs():
+        assert f.metadata["free"] == bool(re.fullmatch(FREE, key)), key
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(model=dict(widht=3)), "no key model.widht; did you mean model.width"),
+        (dict(modle={}), "no key modle; did you mean model"),
+        (dict(model=3), "model is 3; it takes a group of keys"),
+        (dict(train=dict(steps="10")), r"train.steps is '10' \(str\); it takes a value of type int"),
+        (dict(train=dict(steps=1.5)), "train.steps is 1.5"),
+        (dict(train=dict(steps=True)), "train.steps is True"),
+        (dict(model=dict(spherical=1)), "model.spherical is 1 .* type bool"),
+        (dict(train=dict(steps=0)), "train.steps is 0; it takes a number at least 1"),
+        (dict(model=dict(dropout=0.95)), "model.dropout is 0.95; it takes a number from 0.0 to 0.9"),
+        (dict(optim=dict(learning_rate=float("nan"))), "optim.learning_rate is nan; it takes a finite number"),
+        (dict(optim=dict(learning_rate=float("inf"))), "optim.learning_rate is inf"),
+        (dict(model=dict(kind="bert")), "model.kind is 'bert'; it takes one of aether, gpt2"),
+        (dict(optim=dict(lr_scale={"a": "b"})), r"optim.lr_scale.a is 'b' \(str\)"),
+        (dict(data=dict(weights={"a": 1.0})), "data.weights names a"),
+        (dict(data=dict(mixture={"a": "x"}, weights={"a": 0.0})), "data.weights.a is 0.0"),
+        (dict(data=dict(validation={"train": "x"})), "data.validation.train is a reserved name"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values, message):
+    with pytest.raises(InputError, match=message):
+        build(values)
+
+
+def test_an_int_is_a_float_where_one_is_asked_for():
+    rate = with_(optim=dict(learning_rate=1, lr_scale={"a": 2})).optim
+    assert type(rate.learning_rate) is float and type(rate.lr_scale["a"]) is float
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_kind_and_size_decide_everything_left_open(kind, size):
+    config = with_(model=dict(kind=kind, size=size)).resolved(1000)
+    for key, f in knobs():
+        section, name = key.split(".")
+        assert not f.metadata["auto"] or getattr(getattr(config, section), name) not in (0, AUTO), key
+    expected = {**SIZES[size], **KINDS[kind], "hidden": 4 * SIZES[size]["width"], "vocab": 1000}
+    assert {k: getattr(config.model, k) for k in expected} == expected
+    assert config.optim.schedule_steps == config.train.steps
+    assert config.resolved(1000) == config
+
+
+def test_an_explicit_value_wins():
+    given = dict(layers=3, hidden=10, vocab=2000, attention="dot", embed_std=0.5, head="tied")
+    config = with_(model=given, optim=dict(learning_rate=0.5, schedule_steps=7)).resolved(1000)
+    assert {k: getattr(config.model, k) for k in given} == given
+    assert (config.optim.learning_rate, config.optim.schedule_steps, config.model.mlp) == (0.5, 7, "yat")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(model=dict(width=10, heads=3)), "model.width is 10 and model.heads 3"),
+        (dict(model=dict(width=6, heads=2)), "model.width / model.heads is 3; rotary"),
+        (dict(model=dict(vocab=50)), "model.vocab is 50 but the tokenizer has 100"),
+        (dict(data=dict(batch_size=6), train=dict(accumulate=4)), "data.batch_size is 6 and train.accumulate 4"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        build(values).resolved(100)
+    if "width / " in message:
+        build({"model": {**values["model"], "position": "learned"}}).resolved(100)  # only rotation needs pairs
+
+
+def test_resolved_configs_survive_json():
+    config = with_(optim=dict(lr_scale={"a": 2.0}), data=dict(validation={"v": "p"})).resolved(100)
+    assert build(config.to_json()) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train = None
+
+
+def test_continuing_takes_what_is_left_open_from_the_saved_run():
+    saved = with_(train=dict(steps=100), optim=dict(learning_rate=0.1), model=dict(layers=3)).resolved(50)
+    longer = with_(train=dict(steps=200)).continued(saved).resolved(50)
+    assert (longer.train.steps, longer.optim.schedule_steps, longer.optim.learning_rate) == (200, 100, 0.1)
+    assert (longer.model.layers, longer.model.vocab) == (3, 50)
+    assert differences(saved, longer) == [("train.steps", 100, 200, True)]
+    other = with_(train=dict(steps=100), optim=dict(learning_rate=0.2)).continued(saved).resolved(50)
+    assert differences(saved, other) == [("optim.learning_rate", 0.1, 0.2, False)]
+
+
+def test_differences_name_every_changed_knob():
+    a, b = Config().resolved(10), with_(train=dict(seed=1, log_every=5), mesh=dict(data=2)).resolved(10)
+    assert differences(a, a) == []
+    changed = [("train.seed", 0, 1, False), ("train.log_every", 1, 5, True), ("mesh.data", -1, 2, True)]
+    assert sorted(differences(a, b)) == sorted(changed)
