@@ -81,18 +81,36 @@ def test_evaluate_defaults(replace):
     assert len(calls) == 1
 
 
-def test_generate_streams_the_pieces(replace, capsys):
-    calls = replace("aether.generate.run", "generate_run", iter([iter(["def ", "ma", "in("])]))
+@pytest.fixture
+def generated(replace):
+    """Put a run and what it writes in place; return the calls of `load_run`, `Decoder` and `text_streams`."""
+
+    def generated(streams: list) -> tuple[list, list, list]:
+        tokenizer = types.SimpleNamespace(eot=9, vocab_size=10)
+        config = types.SimpleNamespace(data=types.SimpleNamespace(context=64))
+        run = types.SimpleNamespace(graph="graph", params="params", config=config, tokenizer=tokenizer)
+        loads = replace("aether.evaluate.load", "load_run", run)
+        decoders = replace("aether.generate.decode", "Decoder", "decoder")
+        return loads, decoders, replace("aether.generate.text", "text_streams", streams)
+
+    return generated
+
+
+def test_generate_streams_the_pieces(generated, capsys):
+    loads, decoders, calls = generated([iter(["ma", "in("])])
     assert run(generate, "--workdir=w", "--prompt=def ", "--temperature=0", "--top_k=5", "--seed=7") == 0
     assert capsys.readouterr().out == "def main(\n"
-    asked = dict(prompt="def ", max_tokens=200, temperature=0.0, top_k=5, top_p=1.0, seed=7, num=1, step=None)
-    assert calls == [(("w",), asked)]
+    assert loads == [(("w", None), {})] and decoders == [(("graph", 64, 9, 10), {})]
+    (((decoder, params, _, prompt, max_tokens), asked),) = calls
+    assert (decoder, params, prompt, max_tokens) == ("decoder", "params", "def ", 200)
+    assert asked == dict(temperature=0.0, top_k=5, top_p=1.0, seed=7, num=1)
 
 
-def test_generate_separates_samples(replace, capsys):
-    replace("aether.generate.run", "generate_run", [["a"], ["b", "c"]])
-    assert run(generate, "--workdir=w", "--num=2") == 0
+def test_generate_separates_samples(generated, capsys):
+    loads, _, _ = generated([["a"], ["b", "c"]])
+    assert run(generate, "--workdir=w", "--num=2", "--step=4") == 0
     assert capsys.readouterr().out == "--- sample 1 of 2 ---\na\n--- sample 2 of 2 ---\nbc\n"
+    assert loads == [(("w", 4), {})]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +120,8 @@ def test_generate_separates_samples(replace, capsys):
         *("max_tokens=0", "num=0", "seed=-1", "step=-1", "workdir="),
     ],
 )
-def test_generate_checks_its_ranges(replace, capsys, flag):
-    calls = replace("aether.generate.run", "generate_run", [])
+def test_generate_checks_its_ranges(generated, capsys, flag):
+    calls, _, _ = generated([])
     assert run(generate, "--workdir=w", f"--{flag}") == 2
     err = capsys.readouterr().err
     assert calls == [] and err.startswith(f"error: --{flag.split('=')[0]} is ") and err.count("\n") == 1
