@@ -219,7 +219,7 @@ def test_the_baseline_is_gpt2(rng):
     exact = {"/".join(map(str, path)): np.asarray(v[...], np.float64) for path, v in nnx.to_flat_state(params)}
     tokens = rng.integers(0, VOCAB, T)
     got = jax.jit(lambda t: model.logits(model(t)[0]))(jnp.asarray(tokens)[None])[0]
-    want = gpt2(exact, tokens, 2, 2)
+    want = gpt2(exact, tokens, model.config.layers, model.config.heads)
     assert np.abs(got - want).max() < 2e-5 * np.abs(want).max()
 
 
