@@ -21,11 +21,11 @@ def get_config() -> ConfigDict:
     config.data.path = "python:stdlib"
     config.data.tokenizer = "bytes"
     config.data.context = 128
-    config.data.batch_size = 16
-    config.train.steps = 2000
-    config.train.eval_every = 500
-    config.train.eval_batches = 20  # the whole held-out text takes longer than the training between two evaluations
+    config.data.batch_size = 8
+    config.train.steps = 1200
+    config.train.eval_every = 300
+    config.train.eval_batches = 40  # the whole held-out text takes longer than the training between two evaluations
     config.train.sample_prompt = "def main("
     config.train.sample_tokens = 200
-    config.checkpoint.every = 500
+    config.checkpoint.every = 300
     return config
