@@ -12,6 +12,7 @@ from aether.errors import InputError
 from aether.evaluate.load import Run, load_run
 from aether.evaluate.metrics import bound_loss, make_scorer
 from aether.losses import LOSSES
+from aether.workdir import Workdir
 
 
 def evaluate_run(workdir: str, *, step: int | None = None, data: str | None = None, batches: int = 0) -> dict[str, Any]:
@@ -52,6 +53,12 @@ def _text(run: Run, data: str | None) -> tuple[str, Windows]:
         name = data or next(iter(c.validation))
         return name, load_validation(c.validation[name], c, run.tokenizer)
     corpus = load_corpus(c)
+    began = Workdir(run.workdir, primary=False).read_json("config.json")["data_fingerprint"]
+    if corpus.fingerprint != began:
+        raise InputError(
+            f"The texts of data.path have changed since the run in {run.workdir} began (fingerprint {began[:8]} then, "
+            f"{corpus.fingerprint[:8]} now); restore them, or name a text by --data."
+        )
     if not corpus.validation:
         raise InputError(f"The run in {run.workdir} has no validation text; give one by --data.")
     name = data or next(iter(corpus.validation))

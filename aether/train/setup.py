@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from aether import parallel
 from aether.checkpoint import Checkpoints
-from aether.config import Config, build, differences
+from aether.config import CheckpointConfig, Config, build, differences
 from aether.data.loader import Corpus, load_corpus
 from aether.data.tokenizers import restore_tokenizer, save_tokenizer
 from aether.errors import InputError
@@ -83,7 +83,7 @@ def start(config: Config, path: str, started: float) -> Run | None:
     phases = Phases(started)
     check_wandb(config.train.wandb)
     workdir = Workdir(path, primary=jax.process_index() == 0)
-    saved = workdir.read_json("config.json") if workdir.exists() else None
+    saved = _saved(workdir)
     with phases("data"):
         config, corpus = _open_data(config, saved, path)
     record = _record(config, corpus, saved)
@@ -112,6 +112,20 @@ def start(config: Config, path: str, started: float) -> Run | None:
     workdir.sync()
     assert state is not None
     return Run(config, workdir, corpus, mesh, graph, loss, checkpoints, state, first, step, phases)
+
+
+def _saved(workdir: Workdir) -> dict[str, Any] | None:
+    """Return what config.json says of the run in the workdir, or None if there is none."""
+    if not workdir.exists():
+        if Checkpoints(workdir.checkpoints, CheckpointConfig()).steps():
+            raise InputError(
+                f"{workdir.path} has checkpoints but no config.json; put it back, or give another --workdir."
+            )
+        return None
+    saved = workdir.read_json("config.json")
+    if not (isinstance(saved, dict) and {"config", "data_fingerprint", "changes"} <= set(saved)):
+        raise InputError(f"{workdir.path}/config.json is not the record of a run; give another --workdir.")
+    return saved
 
 
 def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> tuple[Config, Corpus]:

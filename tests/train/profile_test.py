@@ -19,7 +19,8 @@ def config(tmp_path, monkeypatch):
         return build(
             dict(
                 model=dict(layers=1, heads=2, width=8, dtype="float32"),
-                data=dict(path=str(tiny_text(tmp_path, 200)), context=8, batch_size=4),
+                data=dict(path=str(tiny_text(tmp_path, 200)), context=8, batch_size=4, validation_fraction=0.0),
+                optim=dict(schedule_steps=5),
                 train=dict(steps=steps, profile_steps=span, sample_tokens=0, eval_every=0),
             )
         )
