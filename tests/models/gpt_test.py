@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 
 from aether.config import SIZES, ModelConfig
 from aether.models import MODELS
-from aether.testing import VOCAB, tiny_config, tiny_model
+from aether.testing import VOCAB, equations, tiny_config, tiny_model
 
 T = 6
 PARTS = dict(attention=("yat", "dot"), mlp=("yat", "gelu"), norm=("none", "layernorm"), position=("rotary", "learned"))
@@ -26,6 +27,13 @@ def label(parts):
 
 def make(**model):
     return tiny_model(tiny_config(model.pop("kind", "aether"), model=model, data=dict(context=T)))
+
+
+def drawn(**model):
+    """A model with parameters from NumPy: no initialisation to compile, and nothing that starts at 0 or 1."""
+    config, rng = tiny_config(model.pop("kind", "aether"), model=model, data=dict(context=T)), np.random.default_rng(0)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: MODELS[config.model.kind](config.model, T, nnx.Rngs(0))))
+    return nnx.merge(graph, jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) / 3, v.dtype), shapes))
 
 
 def shapes(config, context=1024):
@@ -79,11 +87,9 @@ def test_one_field_turns_each_part():
 @pytest.mark.parametrize("parts", COMBINATIONS, ids=label)
 def test_no_position_feels_a_later_token(rng, parts):
     """Causality by gradient: all tokens differ, so d(hidden state t)/d(embedding row s) must vanish just for s > t."""
-    config = tiny_config(model=parts, data=dict(context=T))
-    graph, params = nnx.split(nnx.eval_shape(lambda: MODELS["aether"](config.model, T, nnx.Rngs(0))))
-    params = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) / 2, v.dtype), params)  # no init to compile
+    graph, params = nnx.split(drawn(**parts))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # for zeros, compiled fast
     def rows(params, cotangents):
         _, back = jax.vjp(lambda p: nnx.merge(graph, p)(jnp.arange(T)[None])[0][0], params)
         return jax.vmap(lambda g: back(g)[0]["embed"]["embedding"][...])(cotangents)
@@ -95,7 +101,7 @@ def test_no_position_feels_a_later_token(rng, parts):
 
 @pytest.mark.parametrize("parts", ATTENTIONS, ids=label)
 def test_packed_documents_are_as_if_apart(parts):
-    model = make(**parts)
+    model = drawn(**parts)
     tokens = jnp.asarray([[3, 1, 4, 1, 5, 9]])
     segments, positions = jnp.asarray([[1, 1, 1, 1, 2, 2]]), jnp.asarray([[0, 1, 2, 3, 0, 1]])
 
@@ -111,7 +117,7 @@ def test_packed_documents_are_as_if_apart(parts):
 
 @pytest.mark.parametrize("parts", ATTENTIONS, ids=label)
 def test_decoding_with_the_cache_is_the_whole_pass(parts):
-    model = make(**parts)
+    model = drawn(**parts)
     tokens = jnp.asarray([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
     @jax.jit
@@ -128,7 +134,7 @@ def test_decoding_with_the_cache_is_the_whole_pass(parts):
 
 
 def test_dropout_is_a_function_of_its_key():
-    model, dry = make(dropout=0.5), make(dropout=0.0)
+    model, dry = drawn(dropout=0.5), drawn(dropout=0.0)
     run = jax.jit(lambda k: model(jnp.arange(T)[None], key=k)[0])
     one, other = run(jax.random.key(1)), run(jax.random.key(2))
     np.testing.assert_array_equal(one, run(jax.random.key(1)))
@@ -155,29 +161,33 @@ def test_dropout_keeps_the_mean_and_drops_as_many_as_it_says():
 
 @pytest.mark.parametrize("kind", ["aether", "gpt2"])
 def test_recomputing_blocks_changes_no_gradient(kind):
-    def gradients(remat):
-        graph, params = nnx.split(make(kind=kind, remat=remat, dropout=0.1))
-        f = lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(jnp.arange(T)[None], key=jax.random.key(0))[0]))  # noqa: E731
-        return jax.jit(jax.grad(f))(params), str(jax.make_jaxpr(jax.grad(f))(params))
+    def loss(remat):
+        graph, params = nnx.split(drawn(kind=kind, remat=remat, dropout=0.1))
+        return params, lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(jnp.arange(T)[None], key=jax.random.key(0))[0]))
 
-    (plain, text), (again, text_again) = gradients("none"), gradients("block")
-    assert "remat" in text_again and "remat" not in text
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+    (params, plain), (_, again) = loss("none"), loss("block")
+    names = [{e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(f))(params).jaxpr)} for f in (plain, again)]
+    assert ["remat2" in n or "checkpoint" in n for n in names] == [False, True]
+    one, other = jax.jit(lambda p: (jax.grad(plain)(p), jax.grad(again)(p)))(params)
+    largest = max(float(jnp.linalg.norm(a)) for a in jax.tree.leaves(one))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert float(jnp.linalg.norm(a - b)) <= 1e-5 * float(jnp.linalg.norm(a)) + 1e-6 * largest
 
 
 def test_a_tied_head_is_the_embedding():
-    tied, apart = make(head="tied", embed_std=0.5), make(head="untied")
+    tied, apart = drawn(head="tied", embed_std=0.5), make(head="untied")
     assert tied.head is None
     np.testing.assert_allclose(tied.head_kernel(), tied.embed.embedding[...].T * 0.04, rtol=1e-6)
-    assert apart.head_kernel() is apart.head.kernel[...] or (apart.head_kernel() == apart.head.kernel[...]).all()
+    assert (apart.head_kernel() == apart.head.kernel[...]).all()
     assert abs(float(apart.head_kernel().std()) - 0.02) < 2e-3
-    np.testing.assert_array_equal(make(kind="gpt2").head_kernel(), make(kind="gpt2").embed.embedding[...].T)
+    baseline = drawn(kind="gpt2")
+    np.testing.assert_array_equal(baseline.head_kernel(), baseline.embed.embedding[...].T)
 
 
 @pytest.mark.parametrize("kind", ["aether", "gpt2"])
 def test_bfloat16_is_close_to_float32(kind):
     tokens = jnp.arange(2 * T).reshape(2, T)
-    exact, half = (make(kind=kind, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    exact, half = (drawn(kind=kind, dtype=dtype) for dtype in ("float32", "bfloat16"))
     run = jax.jit(lambda t: (exact.logits(exact(t)[0]), half.logits(half(t)[0]), half(t)[0]))
     right, near, hidden = run(tokens)
     assert hidden.dtype == "bfloat16" and near.dtype == "float32"
@@ -213,9 +223,8 @@ def gpt2(p, tokens, layers, heads):
 
 
 def test_the_baseline_is_gpt2(rng):
-    graph, params = nnx.split(make(kind="gpt2"))
-    params = jax.tree.map(lambda a: a + jnp.asarray(rng.normal(size=a.shape) * 0.2, jnp.float32), params)
-    model = nnx.merge(graph, params)
+    model = drawn(kind="gpt2")
+    params = nnx.state(model)
     exact = {"/".join(map(str, path)): np.asarray(v[...], np.float64) for path, v in nnx.to_flat_state(params)}
     tokens = rng.integers(0, VOCAB, T)
     got = jax.jit(lambda t: model.logits(model(t)[0]))(jnp.asarray(tokens)[None])[0]
