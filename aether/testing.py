@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
@@ -37,6 +38,18 @@ def tiny_model(config: Config) -> nnx.Module:
 
     graph = nnx.graphdef(nnx.eval_shape(make))
     return nnx.merge(graph, jax.jit(lambda: nnx.state(make()))())
+
+
+def drawn_model(config: Config) -> nnx.Module:
+    """Make the model of a resolved config with parameters from N(0, 1/9): nothing to compile, and no zeros."""
+    rng = np.random.default_rng(config.train.seed)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape.shape) / 3, shape.dtype)
+
+    make = MODELS[config.model.kind]
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: make(config.model, config.data.context, nnx.Rngs(0))))
+    return nnx.merge(graph, jax.tree.map(draw, shapes))
 
 
 def tiny_batch(config: Config, step: int = 0) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from aether.losses import cross_entropy, lm
-from aether.testing import VOCAB, equations, tiny_batch, tiny_config, tiny_model
+from aether.testing import VOCAB, drawn_model, equations, tiny_batch, tiny_config
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -89,7 +89,7 @@ def test_logits_of_the_whole_batch_never_exist(rng):
 @pytest.mark.parametrize("kind", ["aether", "gpt2"])
 def test_lm_scores_the_next_token_where_the_mask_says(kind):
     config = tiny_config(kind)
-    model, batch = tiny_model(config), tiny_batch(config)
+    model, batch = drawn_model(config), tiny_batch(config)
 
     @jax.jit
     def both(batch):
@@ -105,12 +105,11 @@ def test_lm_scores_the_next_token_where_the_mask_says(kind):
     np.testing.assert_allclose(sums["nll"], nll, rtol=1e-5)
     np.testing.assert_allclose(total, nll + 0.01 * (mask * log_z**2).sum(), rtol=1e-5)
     assert sums["weight"] == mask.sum() and sums["correct"] == (mask * (logits.argmax(-1) == targets)).sum()
-    assert 0.5 * np.log(VOCAB) < nll / mask.sum() < 1.5 * np.log(VOCAB)
 
 
 def test_the_model_s_float32_logits_never_exist_in_training():
     config = tiny_config(model=dict(dtype="bfloat16"), data=dict(context=12))
-    model, batch = tiny_model(config), tiny_batch(config)
+    model, batch = drawn_model(config), tiny_batch(config)
     graph, params = nnx.split(model)
     loss = partial(lm, chunk=4)
     shapes = float32_shapes(jax.grad(lambda p: loss(nnx.merge(graph, p), batch, None)[0]), params)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from aether.config import SIZES, ModelConfig
 from aether.models import MODELS
-from aether.testing import VOCAB, equations, tiny_config, tiny_model
+from aether.testing import VOCAB, drawn_model, equations, tiny_config, tiny_model
 
 T = 6
 PARTS = dict(attention=("yat", "dot"), mlp=("yat", "gelu"), norm=("none", "layernorm"), position=("rotary", "learned"))
@@ -31,10 +31,7 @@ def make(**model):
 
 
 def drawn(**model):
-    """A model with parameters from NumPy: no initialisation to compile, and nothing that starts at 0 or 1."""
-    config, rng = tiny_config(model.pop("kind", "aether"), model=model, data=dict(context=T)), np.random.default_rng(0)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: MODELS[config.model.kind](config.model, T, nnx.Rngs(0))))
-    return nnx.merge(graph, jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) / 3, v.dtype), shapes))
+    return drawn_model(tiny_config(model.pop("kind", "aether"), model=model, data=dict(context=T)))
 
 
 def shapes(config, context=1024):
