@@ -71,7 +71,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
-        if not isinstance(leaf, nnx.Variable) or not jax.tree.leaves(leaf):  # Muon's state has variables without a value
+        if not isinstance(leaf, nnx.Variable) or not jax.tree.leaves(leaf):  # Muon's state has empty variables
             return NamedSharding(mesh, P())
         partition = spec(leaf.get_metadata()["axes"])
         for size, axis in zip(leaf.shape, partition, strict=True):
@@ -84,6 +84,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """Return the shapes of a state, each with the sharding that `shardings` gives it."""
+
+    def place(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), part)
+
+    return jax.tree.map(place, shardings(shapes, mesh), shapes)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -12,7 +11,7 @@ from aether.config import Config, MeshConfig, build
 from aether.data.tokenizers import Tokenizer, restore_tokenizer
 from aether.errors import InputError
 from aether.models import MODELS
-from aether.parallel import make_mesh, shardings
+from aether.parallel import make_mesh, placed
 from aether.workdir import Workdir
 
 
@@ -65,7 +64,7 @@ def load_run(workdir: str, step: int | None = None, *, mesh: Mesh | None = None)
     mesh = mesh or _mesh(config.mesh)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: _model(config)))
     part = "ema" if config.train.ema else "params"
-    params, _, found = checkpoints.restore_params(_placed(shapes, mesh), step, part=part)
+    params, _, found = checkpoints.restore_params(placed(shapes, mesh), step, part=part)
     return Run(workdir, found, config, graph, params, tokenizer, mesh)
 
 
@@ -86,12 +85,3 @@ def _mesh(c: MeshConfig) -> Mesh:
         return make_mesh(c)
     except InputError:  # trained on another number of devices
         return make_mesh(MeshConfig())
-
-
-def _placed(shapes: Any, mesh: Mesh) -> Any:
-    """Return the shapes with the shardings that their logical axes ask for."""
-
-    def place(sharding: Any, variable: Any) -> Any:
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), variable)
-
-    return jax.tree.map(place, shardings(shapes, mesh), shapes)

@@ -20,16 +20,23 @@ def dot_scores(q: Array, k: Array) -> Array:
     return jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
 
 
-def yat_scores(q: Array, k: Array, *, bias: Array, alpha: Array, epsilon: Array, spherical: bool) -> Array:
-    """Return α (q·k + b)² / ((‖q − k‖² + ε) √d) in float32, (b, h, t, s); b ≥ 0, α and ε are (h,)."""
+def yat_scores(
+    q: Array, k: Array, *, bias: Array, alpha: Array, epsilon: Array, spherical: bool, normalized: bool = False
+) -> Array:
+    """Return α (q·k + b)² / ((‖q − k‖² + ε) √d) in float32, (b, h, t, s); b ≥ 0, α and ε are (h,).
+
+    `spherical` and `normalized` as in `aether.kernels.yat.yat`.
+    """
     per_head = (slice(None), None, None)
     return yat(
         q.transpose(0, 2, 1, 3),
-        k.transpose(0, 2, 3, 1),
+        k.transpose(0, 2, 1, 3),
         bias=bias[per_head],
         alpha=alpha[per_head] / q.shape[-1] ** 0.5,
         epsilon=epsilon[per_head],
         spherical=spherical,
+        normalized=normalized,
+        transposed=True,
         dtype=jnp.dtype("float32"),
     )
 

@@ -10,6 +10,7 @@ determined, and the float32 dot product is kept instead.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +33,24 @@ def yat(
     alpha: Array | float = 1.0,
     epsilon: Array | float = 1e-5,
     spherical: bool = False,
+    normalized: bool = False,
+    transposed: bool = False,
     nonnegative_bias: bool = True,
     dtype: jnp.dtype | None = None,
 ) -> Array:
-    """Return the ⵟ-product of the rows of `x` with the columns of `w`.
+    """Return the ⵟ-product of the rows of `x` with the columns of `w`, or with its rows if `transposed`.
 
     y[i, j] = α (x_i·w_j + b)² / (max(‖x_i‖² + ‖w_j‖² − 2 x_i·w_j, 0) + ε), of unit vectors if `spherical`.
 
     Args:
       x: (..., m, d).
-      w: (..., d, n), of x's dtype; leading axes broadcast against x's as in `jnp.matmul`.
+      w: (..., d, n), or (..., n, d) if `transposed`, of x's dtype; leading axes broadcast against x's.
       bias: b, broadcastable to the output.
       alpha: α, broadcastable to the output.
       epsilon: ε > 0, broadcastable to the output.
       spherical: compare directions only; the distance is then 2 − 2 cos.
+      normalized: with `spherical`: they are unit vectors already, as keys in a cache are.
+      transposed: the vectors of `w` are its rows, as keys are in attention.
       nonnegative_bias: promise that b ≥ 0, which lets the backward pass keep u instead of the float32 dot product.
       dtype: of the result; x's by default.
 
@@ -58,12 +63,14 @@ def yat(
     """
     if x.dtype != w.dtype:
         raise ValueError(f"x is {x.dtype} and w {w.dtype}; cast both to the compute dtype.")
-    if x.shape[-1] != w.shape[-2]:
-        raise ValueError(f"x has rows of {x.shape[-1]} and w columns of {w.shape[-2]}; they must be equal.")
-    if spherical:
-        x, w = unit(x), unit(w, -2)
+    axis = -1 if transposed else -2
+    if x.shape[-1] != w.shape[axis]:
+        raise ValueError(f"x has vectors of {x.shape[-1]} and w of {w.shape[axis]}; they must be equal.")
+    if spherical and not normalized:
+        x, w = unit(x), unit(w, axis)
     bias, alpha, epsilon = (jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
-    return _yat(spherical, nonnegative_bias, jnp.dtype(dtype or x.dtype), x, w, bias, alpha, epsilon)
+    options = Options(spherical, transposed, nonnegative_bias, jnp.dtype(dtype or x.dtype))
+    return _yat(options, x, w, bias, alpha, epsilon)
 
 
 def yat_reference(x: Array, w: Array, bias: Array, alpha: Array, epsilon: Array) -> Array:
@@ -73,25 +80,39 @@ def yat_reference(x: Array, w: Array, bias: Array, alpha: Array, epsilon: Array)
     return alpha * (dot + bias) ** 2 / (distance + epsilon)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _yat(spherical, nonnegative_bias, dtype, x, w, bias, alpha, epsilon):
-    return _forward(spherical, nonnegative_bias, dtype, x, w, bias, alpha, epsilon)[0]
+class Options(NamedTuple):
+    """What is known when the product is traced."""
+
+    spherical: bool
+    transposed: bool
+    nonnegative_bias: bool
+    dtype: jnp.dtype
 
 
-def _squares(x: Array, w: Array, spherical: bool) -> Array | float:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _yat(o, x, w, bias, alpha, epsilon):
+    return _forward(o, x, w, bias, alpha, epsilon)[0]
+
+
+def _product(o: Options, x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    equation = "...md,...nd->...mn" if o.transposed else "...md,...dn->...mn"
+    return jnp.einsum(equation, x, w, preferred_element_type=dtype)
+
+
+def _squares(o: Options, x: Array, w: Array) -> Array | float:
     """Return S = ‖x‖² + ‖w‖², broadcastable to the output; exactly 2 for unit vectors."""
-    if spherical:
+    if o.spherical:
         return 2.0
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    return jnp.sum(x * x, -1)[..., :, None] + jnp.sum(w * w, -2)[..., None, :]
+    return jnp.sum(x * x, -1)[..., :, None] + jnp.sum(w * w, -1 if o.transposed else -2)[..., None, :]
 
 
-def _forward(spherical, nonnegative_bias, dtype, x, w, bias, alpha, epsilon):
-    dot = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+def _forward(o, x, w, bias, alpha, epsilon):
+    dot = _product(o, x, w, jnp.dtype("float32"))
     n = dot + bias
-    u = n * n / (jnp.maximum(_squares(x, w, spherical) - 2.0 * dot, 0.0) + epsilon)
-    kept = jnp.where(n < 0, -u, u).astype(x.dtype) if nonnegative_bias else dot
-    return (alpha * u).astype(dtype), (kept, x, w, bias, alpha, epsilon)
+    u = n * n / (jnp.maximum(_squares(o, x, w) - 2.0 * dot, 0.0) + epsilon)
+    kept = jnp.where(n < 0, -u, u).astype(x.dtype) if o.nonnegative_bias else dot
+    return (alpha * u).astype(o.dtype), (kept, x, w, bias, alpha, epsilon)
 
 
 def _recover(kept, s, bias, epsilon):
@@ -108,10 +129,10 @@ def _recover(kept, s, bias, epsilon):
     return n, q, u, free
 
 
-def _backward(spherical, nonnegative_bias, dtype, residuals, g):
+def _backward(o, residuals, g):
     kept, x, w, bias, alpha, epsilon = residuals
-    s = _squares(x, w, spherical)
-    if nonnegative_bias:
+    s = _squares(o, x, w)
+    if o.nonnegative_bias:
         n, q, u, free = _recover(kept, s, bias, epsilon)
     else:
         n, raw = kept + bias, s - 2.0 * kept
@@ -124,11 +145,13 @@ def _backward(spherical, nonnegative_bias, dtype, residuals, g):
     g_q = -ga * u / q
     g_distance = jnp.where(free, g_q, 0.0)
     g_dot = (g_n - 2.0 * g_distance).astype(x.dtype)
-    g_x, g_w = jax.vjp(jnp.matmul, x, w)[1](g_dot)
-    if not spherical:
+    g_x, g_w = jax.vjp(lambda x, w: _product(o, x, w, x.dtype), x, w)[1](g_dot)
+    if not o.spherical:
         g_x += (2.0 * x * _sum_to(jnp.sum(g_distance, -1, keepdims=True), x.shape[:-1] + (1,))).astype(x.dtype)
-        columns = w.shape[:-2] + (1, w.shape[-1])
-        g_w += (2.0 * w * _sum_to(jnp.sum(g_distance, -2, keepdims=True), columns)).astype(w.dtype)
+        for_w = jnp.sum(g_distance, -2, keepdims=True)
+        for_w = for_w.swapaxes(-1, -2) if o.transposed else for_w
+        vectors = w.shape[:-1] + (1,) if o.transposed else w.shape[:-2] + (1, w.shape[-1])
+        g_w += (2.0 * w * _sum_to(for_w, vectors)).astype(w.dtype)
     return g_x, g_w, _sum_to(g_n, bias.shape), _sum_to(g * u, alpha.shape), _sum_to(g_q, epsilon.shape)
 
 

@@ -8,12 +8,13 @@ from jax import Array
 
 from aether.kernels.attention import dot_scores, weighted_values, yat_scores
 from aether.kernels.rope import rotate
+from aether.kernels.yat import unit
 from aether.nn.linear import Linear
 from aether.nn.yat import YatUnit
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of the positions before `length`, (b, s, h, k) each."""
+    """Keys as they are scored (rotated, normalised) and values of the positions before `length`, (b, s, h, k) each."""
 
     key: Array
     value: Array
@@ -64,8 +65,12 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
         self.rope_theta = rope_theta
 
+    def prepare(self, x: Array) -> Array:
+        """Return queries or keys (b, t, h, k) as `scores` takes them; keys are cached like that."""
+        return x
+
     def scores(self, q: Array, k: Array) -> Array:
-        """Return float32 scores (b, h, t, s) of queries (b, t, h, k) and keys (b, s, h, k)."""
+        """Return float32 scores (b, h, t, s) of prepared queries (b, t, h, k) and keys (b, s, h, k)."""
         return dot_scores(q, k)
 
     def __call__(
@@ -86,6 +91,7 @@ class Attention(nnx.Module):
         q, k, v = (f(x).reshape(b, t, self.num_heads, -1) for f in (self.query, self.key, self.value))
         if self.rope_theta is not None:
             q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        q, k = self.prepare(q), self.prepare(k)
         if cache is not None:
             at = (0, cache.length, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), at)
@@ -124,6 +130,10 @@ class YatAttention(YatUnit, Attention):
         self.init_unit(heads, heads, ("heads",), bias=bias, alpha=alpha, epsilon=epsilon)
         self.spherical = spherical
 
+    def prepare(self, x: Array) -> Array:
+        """Return unit vectors if the score is of directions alone."""
+        return unit(x) if self.spherical else x
+
     def scores(self, q: Array, k: Array) -> Array:
-        """Return float32 ⵟ scores (b, h, t, s) of queries (b, t, h, k) and keys (b, s, h, k)."""
-        return yat_scores(q, k, spherical=self.spherical, **self.unit())
+        """Return float32 ⵟ scores (b, h, t, s) of prepared queries (b, t, h, k) and keys (b, s, h, k)."""
+        return yat_scores(q, k, spherical=self.spherical, normalized=True, **self.unit())

@@ -208,17 +208,7 @@ def describe_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Callable[[
         return init_state(config, nnx.state(model()))
 
     shapes = jax.eval_shape(make)
-    return graph, make, with_shardings(shapes, mesh)
-
-
-def with_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """Return the shapes of a state, each with the sharding that its logical axes ask for."""
-    prefix = parallel.shardings(shapes, mesh)
-    return jax.tree.map(
-        lambda sharding, part: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), part),
-        prefix,
-        shapes,
-    )
+    return graph, make, parallel.placed(shapes, mesh)
 
 
 def _first_state(config: Config, make: Callable[[], TrainState], mesh: Mesh, like: Any, corpus: Corpus) -> TrainState:

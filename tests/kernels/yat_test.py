@@ -223,5 +223,32 @@ def test_operands_that_do_not_fit_are_refused():
     x = jnp.ones((2, 3))
     with pytest.raises(ValueError, match="float32 and w bfloat16"):
         yat(x, jnp.ones((3, 2), jnp.bfloat16))
-    with pytest.raises(ValueError, match="rows of 3 and w columns of 2"):
+    with pytest.raises(ValueError, match="vectors of 3 and w of 2"):
         yat(x, jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match="vectors of 3 and w of 4"):
+        yat(x, jnp.ones((2, 4)), transposed=True)
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+def test_vectors_in_rows_give_what_vectors_in_columns_give(spherical):
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(2, 3, 5, 4), (2, 1, 4, 6), (2, 3, 5, 6)])
+
+    def columns(x, w):
+        return yat(x, w, bias=0.3, alpha=1.5, epsilon=0.2, spherical=spherical)
+
+    def rows(x, w):
+        return yat(x, w.swapaxes(-1, -2), bias=0.3, alpha=1.5, epsilon=0.2, spherical=spherical, transposed=True)
+
+    (y, vjp), (y_rows, vjp_rows) = jax.vjp(columns, x, w), jax.vjp(rows, x, w)
+    np.testing.assert_allclose(y_rows, y, rtol=1e-5)
+    for a, b in zip(vjp_rows(g), vjp(g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_that_are_normalized_already_are_not_normalized_again():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 4), (4, 6)])
+    ready = yat(unit(x), unit(w, -2), spherical=True, normalized=True, epsilon=0.2)
+    np.testing.assert_allclose(ready, yat(x, w, spherical=True, epsilon=0.2), rtol=1e-6)
+    assert np.abs(yat(x, w, spherical=True, normalized=True, epsilon=0.2) - ready).max() > 0.1
