@@ -17,12 +17,22 @@ def name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
+def check_expressions(c: OptimConfig) -> None:
+    """Raise `InputError` unless every expression over parameter paths is a regular expression."""
+    for key, expression in [("no_decay", c.no_decay), *[("lr_scale", e) for e in c.lr_scale]]:
+        try:
+            re.compile(expression)
+        except re.error as e:
+            raise InputError(f"optim.{key} has {expression!r}, which is not a regular expression: {e}.") from None
+
+
 def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
     """Return the transformation from gradients to steps of learning rate 1: clip, AdamW or Muon, decay.
 
     Muon orthogonalises the matrices inside the stacked blocks; embeddings, head and vectors stay with Adam. Its steps
     are scaled to Adam's size (Liu et al., 2025, arXiv 2502.16982), so that both share one learning rate.
     """
+    check_expressions(c)
     adam = optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), optax.scale(-1.0))
     muon = optax.contrib.muon(
         1.0,
@@ -64,11 +74,7 @@ def learning_rate_scales(c: OptimConfig, params: Any) -> Any:
     Raises:
       InputError: an expression that is not valid, or that no path matches.
     """
-    for key, expression in [("no_decay", c.no_decay), *[("lr_scale", e) for e in c.lr_scale]]:
-        try:
-            re.compile(expression)
-        except re.error as e:
-            raise InputError(f"optim.{key} has {expression!r}, which is not a regular expression: {e}.") from None
+    check_expressions(c)
     unused = set(c.lr_scale)
 
     def one(path: tuple, v: nnx.Variable) -> float:

@@ -1,0 +1,74 @@
+"""Evaluation during a run."""
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import jax
+
+from aether.data.loader import validation_batches
+from aether.evaluate.metrics import make_scorer
+from aether.generate.decode import Decoder
+from aether.generate.text import text_stream
+from aether.train.meter import divides
+from aether.train.report import Reporter
+from aether.train.setup import Run
+from aether.train.signals import Stop
+
+
+@dataclass
+class Evaluator:
+    """Scores the validation sets, shows a sample, and draws the curves; a signal cuts it short."""
+
+    run: Run
+    reporter: Reporter
+    stop: Stop
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.score = make_scorer(run.graph, run.loss, run.corpus.tokenizer.token_bytes, run.mesh)
+        tokenizer = run.corpus.tokenizer
+        self.decoder = Decoder(
+            run.graph,
+            run.config.data.context,
+            tokenizer.eot,
+            tokenizer.vocab_size,
+            run.mesh if jax.process_count() > 1 else None,
+        )
+
+    def due(self, step: int) -> bool:
+        """Return whether an evaluation belongs after `step` and is not written down yet."""
+        train = self.run.config.train
+        wanted = step == train.steps or divides(train.eval_every, step)
+        return wanted and not all(self.reporter.has(step, name) for name in self.run.corpus.validation)
+
+    def __call__(self, step: int, state: Any) -> float | None:
+        """Evaluate the (averaged) parameters if that is due; return the loss on the first validation set.
+
+        Sets that a signal leaves out are due again when the run goes on.
+        """
+        if not self.due(step):
+            return None
+        c, run = self.run.config, self.run
+        params = state.params if state.ema is None else state.ema
+        losses = []
+        for name in [n for n in run.corpus.validation if not self.reporter.has(step, n)]:
+            batches = validation_batches(
+                run.corpus, c.data, name, c.train.eval_batches, jax.process_index(), jax.process_count()
+            )
+            scores = self.score(params, takewhile(lambda _: not self.stop(), batches))
+            if self.stop():
+                return None
+            losses.append(scores["loss"])
+            self.reporter.validation(step, name, scores)
+        if c.train.sample_tokens:
+            self.reporter.sample(step, self.sample(params))
+        self.reporter.curves()
+        return losses[0]
+
+    def sample(self, params: Any) -> str:
+        """Return `train.sample_prompt` and what the model writes after it."""
+        c, tokenizer = self.run.config.train, self.run.corpus.tokenizer
+        settings = dict(temperature=0.8, seed=c.seed)
+        pieces = text_stream(self.decoder, params, tokenizer, c.sample_prompt, c.sample_tokens, **settings)
+        return c.sample_prompt + "".join(takewhile(lambda _: not self.stop(), pieces))

@@ -1,0 +1,93 @@
+"""From the metrics of steps to lines: losses, rates, and complaints about steps that are not finite."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from aether.data.loader import batch_ids
+from aether.errors import CheckError
+from aether.train.flops import flops_per_token, peak_flops
+from aether.train.report import Reporter
+from aether.train.setup import Run
+
+
+def divides(every: int, step: int) -> bool:
+    """Return whether something that happens `every` steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+class Meter:
+    """Turns the metrics of steps into lines, on accelerators one step late so that they never wait for the host.
+
+    Adds `tokens_per_second`, `mfu` and `data_wait` (share of the time) over the steps since the line before; pauses for
+    evaluations and saves do not count.
+    """
+
+    def __init__(self, run: Run, reporter: Reporter):
+        self.run, self.reporter = run, reporter
+        peak = peak_flops(list(run.mesh.devices.flat))
+        self.flops_share = flops_per_token(run.config, run.state.params) / peak if peak else None
+        self.late: tuple[int, dict[str, jax.Array]] | None = None
+        # On a CPU a step may be done when its call returns: reading late would date it to the step after.
+        self.at_once = run.mesh.devices.flat[0].platform == "cpu"
+
+    def begin(self) -> None:
+        """Start the clock, at first or after a pause."""
+        self.clock, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self, function: Callable, *args: Any) -> Any:
+        """Call a function and count its time as waiting for data."""
+        begin = time.perf_counter()
+        result = function(*args)
+        self.waited += time.perf_counter() - begin
+        return result
+
+    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics of a step, and report those of the step before."""
+        self.finish()
+        self.late = step, metrics
+        if self.at_once:
+            self.finish()
+
+    def finish(self) -> None:
+        """Report what is still late."""
+        if self.late is None:
+            return
+        (step, metrics), self.late = self.late, None
+        self.steps += 1
+        in_a_row = int(metrics["skipped_in_a_row"])
+        every, last = self.run.config.train.log_every, self.run.config.train.steps
+        if in_a_row or step == last or divides(every, step):
+            self._report(step, metrics)
+        if in_a_row:
+            self._complain(step, in_a_row)
+
+    def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values: dict[str, float | None] = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        del values["skipped_in_a_row"]
+        seconds = time.perf_counter() - self.clock
+        rate = self.steps * self.run.config.data.batch_size * self.run.config.data.context / seconds
+        mfu = None if self.flops_share is None else rate * self.flops_share
+        values |= dict(tokens_per_second=rate, mfu=mfu, data_wait=self.waited / seconds)
+        self.reporter.train(step, values)
+        self.begin()
+
+    def _complain(self, step: int, in_a_row: int) -> None:
+        c = self.run.config
+        self.reporter.say(f"step {step}: the loss or gradient is not finite; update skipped ({in_a_row} in a row)")
+        if in_a_row < c.train.max_skipped:
+            return
+        self.reporter.flush()
+        steps = range(step - in_a_row, step)
+        ids = [f"step {s + 1}: {named(batch_ids(self.run.corpus, c.data, c.train.seed, s))}" for s in steps]
+        raise CheckError(
+            f"{in_a_row} steps in a row were not finite (train.max_skipped is {c.train.max_skipped}); lower "
+            f"optim.learning_rate or look at these batches (text:sequence): {'; '.join(ids)}."
+        )
+
+
+def named(ids: list[str], most: int = 16) -> str:
+    """Put the first few names in a row."""
+    return " ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
