@@ -2,12 +2,14 @@
 
 import difflib
 import errno
+import logging as standard_logging
 import os
 import re
 import sys
 import tempfile
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
 from pathlib import Path
@@ -90,6 +92,21 @@ def prepare_environment(debug: bool) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if debug else "2")
     logging.set_verbosity(logging.INFO if debug else logging.ERROR)
+    if not debug:
+        _quieten_writers()
+
+
+def _quieten_writers() -> None:
+    """Keep what Orbax's tasks leave behind after a failed save (a full disk) off the screen; the failure is told."""
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def report(error: Exception, debug: bool) -> int:

@@ -85,9 +85,12 @@ def _start_worker(tokenizer_folder: str) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent is killed, which pools of processes do not see to."""
+    """End this process when its parent is killed, which pools of processes do not see to, and leave Ctrl-C to it."""
     import multiprocessing
+    import signal
     import threading
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the parent still wants batches
 
     def follow() -> None:
         parent = multiprocessing.parent_process()

@@ -23,7 +23,8 @@ from aether.errors import CheckError, Stopped
 from aether.losses import LOSSES
 from aether.parallel import make_mesh
 from aether.testing import tiny_text
-from aether.train import loop
+from aether.train import evaluator, loop
+from aether.train.meter import named
 from aether.train.setup import describe_state
 
 ROUGH = {"tokens_per_second", "mfu", "data_wait"}  # times and rates, which differ from run to run
@@ -243,22 +244,23 @@ def signalling(function, number: int, at: int):
     return wrapped
 
 
-STOPS = {  # where the signal comes -> (attribute of the loop, item, step at which the run is saved)
-    "before the first step": ("train_batches", 1, 1),
-    "between evaluations": ("train_batches", 3, 3),
-    "at a step to be evaluated and saved": ("train_batches", 4, 4),
-    "within an evaluation": ("validation_batches", 2, 2),
-    "at the last step": ("train_batches", 6, 6),
+STOPS = {  # where the signal comes -> (module, its iterator, item, step at which the run is saved)
+    "before the first step": (loop, "train_batches", 1, 1),
+    "between evaluations": (loop, "train_batches", 3, 3),
+    "at a step to be evaluated and saved": (loop, "train_batches", 4, 4),
+    "within an evaluation": (evaluator, "validation_batches", 2, 2),
+    "at the last step": (loop, "train_batches", 6, 6),
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", STOPS)
+@pytest.mark.parametrize(
+    ("where", "number"), [*((where, signal.SIGTERM) for where in STOPS), ("between evaluations", signal.SIGINT)]
+)
 def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, tmp_path, one_device, monkeypatch, where, number):
     config, _, expected, end = undisturbed
-    name, at, step = STOPS[where]
+    module, name, at, step = STOPS[where]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, name, signalling(getattr(loop, name), number, at))
+        patch.setattr(module, name, signalling(getattr(module, name), number, at))
         with pytest.raises(Stopped, match=f"by {signal.Signals(number).name} and saved at step {step} of 6"):
             loop.train(config, str(tmp_path))
     assert max(map(int, os.listdir(tmp_path / "checkpoints"))) == step
@@ -296,7 +298,7 @@ def test_a_signal_after_the_last_evaluation_changes_nothing(undisturbed, tmp_pat
 def test_only_the_missing_set_is_evaluated_again(text, tmp_path, one_device, monkeypatch):
     config = settings(text, data=dict(validation=dict(a=str(text), b=str(text))))
     with monkeypatch.context() as patch:  # the second set's first batch
-        patch.setattr(loop, "validation_batches", signalling(loop.validation_batches, signal.SIGTERM, 30))
+        patch.setattr(evaluator, "validation_batches", signalling(evaluator.validation_batches, signal.SIGTERM, 30))
         with pytest.raises(Stopped, match="saved at step 2"):
             loop.train(config, str(tmp_path))
     found = lines(tmp_path)
@@ -370,8 +372,8 @@ def test_a_bad_step_is_skipped_and_counted(text, tmp_path, one_device, monkeypat
 
 
 def test_many_ids_are_cut_short():
-    assert loop.named(["a", "b"]) == "a b"
-    assert loop.named([str(i) for i in range(20)], 3) == "0 1 2 and 17 more"
+    assert named(["a", "b"]) == "a b"
+    assert named([str(i) for i in range(20)], 3) == "0 1 2 and 17 more"
 
 
 # --- every way to run
