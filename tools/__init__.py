@@ -1,0 +1,1 @@
+"""Commands beside the mains: prepare text, train a tokenizer, measure, study."""
