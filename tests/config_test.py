@@ -125,6 +125,8 @@ def test_continuing_takes_what_is_left_open_from_the_saved_run():
     assert differences(saved, longer) == [("train.steps", 100, 200, True)]
     other = with_(train=dict(steps=100), optim=dict(learning_rate=0.2)).continued(saved).resolved(50)
     assert differences(saved, other) == [("optim.learning_rate", 0.1, 0.2, False)]
+    wet = with_(model=dict(dropout=0.5)).resolved(50)
+    assert with_(model=dict(dropout=0.0)).continued(wet).model.dropout == 0.0  # a 0 that means 0 is not left open
 
 
 def test_differences_name_every_changed_knob():

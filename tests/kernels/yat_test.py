@@ -144,6 +144,22 @@ def test_where_the_distance_is_clamped_the_rest_is_differentiated(rng, nonnegati
     )
 
 
+@pytest.mark.parametrize("nonnegative_bias", [False, True])
+def test_a_clamped_distance_has_no_derivative(rng, nonnegative_bias):
+    """x̂ ≠ ŵ, yet x̂·ŵ > 1 by rounding: only 2n/ε ŵ flows back to x̂, not the 2n²/ε² ŵ of the distance besides."""
+    x = rng.normal(size=(200, 16))
+    w = x + 0.03 * rng.normal(size=x.shape)
+    units = [np.asarray(unit(jnp.asarray(v, jnp.bfloat16)), np.float64) for v in (x, w)]
+    row = (units[0] * units[1]).sum(-1).argmax()
+    n = (units[0] * units[1]).sum(-1)[row] + 0.25
+    assert n > 1.252
+    given, _ = rounded([x[[row]], w[[row]].T, np.array([0.25]), np.array([1.0]), np.array([0.5])], "bfloat16")
+    _, (got, *_) = run(given, [[1.0]], spherical=True, nonnegative_bias=nonnegative_bias)
+    along = units[1][row] - units[0][row] * (units[0][row] @ units[1][row]) / (units[0][row] @ units[0][row])
+    want = 2 * n / 0.5 * along / np.linalg.norm(x[row])
+    assert np.linalg.norm(got[0] - want) < 0.5 * np.linalg.norm(want)  # with the other term it would be 3.5 times that
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("nonnegative_bias", [False, True])
 def test_backward_keeps_one_number_an_output(rng, dtype, nonnegative_bias):
