@@ -57,5 +57,7 @@ def define() -> flags.FlagValues:
     return values
 
 
+FLAGS = define()
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, define(), __doc__))
+    sys.exit(cli.run(main, FLAGS, __doc__))
