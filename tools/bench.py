@@ -38,56 +38,57 @@ def main(args: flags.FlagValues) -> None:
 
 
 def loop(args: flags.FlagValues) -> dict[str, Any]:
-    """Return median step times within the loop and of the bare step, in pairs of runs one after the other."""
-    from aether.train.loop import train
-    from aether.train.setup import start
+    """Return what the loop adds to the bare step, from runs of the real loop in which each call is timed apart.
+
+    A step within the loop lasts from one call of the compiled step to the next, the bare one from the call until its
+    results are there: pairs on the same batch in the same moment, which other work on the machine slows alike.
+    """
+    import jax
+
+    from aether.train import loop as module
 
     short = dict(steps=args.steps, eval_every=0, eval_batches=1, sample_tokens=0)
     config = make_config(QUICKSTART, [f"train.{key}={value}" for key, value in short.items()])
-    inside, bare, waits = [], [], []
-    for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            train(config, folder)
-            lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if line["split"] == "train"][10:]
-        tokens = config.data.batch_size * config.data.context
-        inside.append(statistics.median(tokens / line["tokens_per_second"] for line in steps))
-        waits += [line["data_wait"] for line in steps]
-        with tempfile.TemporaryDirectory() as folder:
-            run = start(config, folder, time.perf_counter())
-            assert run is not None
-            bare.append(statistics.median(bare_steps(run, args.steps)[10:]))
-    ratios = [a / b for a, b in zip(inside, bare, strict=True)]
+    start = module.start
+    calls: list[tuple[float, float]] = []
+
+    def timed_start(*words: Any) -> Any:
+        run = start(*words)
+        assert run is not None
+        step = run.step
+
+        def timed(state: Any, batch: Any) -> Any:
+            begin = time.perf_counter()
+            result = jax.block_until_ready(step(state, batch))
+            calls.append((begin, time.perf_counter() - begin))
+            return result
+
+        run.step = timed
+        return run
+
+    within, bare, waits = [], [], []
+    module.start = timed_start
+    try:
+        for _ in range(args.rounds):
+            calls.clear()
+            with tempfile.TemporaryDirectory() as folder:
+                module.train(config, folder)
+                lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            waits += [line["data_wait"] for line in lines if line["split"] == "train"][10:]
+            pairs = zip(calls[10:], calls[11:], strict=False)
+            for (begin, seconds), (following, _) in pairs:
+                within.append(following - begin)
+                bare.append(seconds)
+    finally:
+        module.start = start
     return dict(
-        what="median step time within the loop / bare jitted step",
-        ratio=statistics.median(ratios),
-        ratios=ratios,
-        loop_ms=1e3 * statistics.median(inside),
+        what="a step within the loop / the bare jitted step, median of pairs",
+        ratio=statistics.median(a / b for a, b in zip(within, bare, strict=True)),
+        loop_ms=1e3 * statistics.median(within),
         bare_ms=1e3 * statistics.median(bare),
         data_wait_share=statistics.mean(waits),
+        pairs=len(bare),
     )
-
-
-def bare_steps(run: Any, count: int) -> list[float]:
-    """Return the seconds of each of `count` calls of the compiled step on batches that are already on the device."""
-    import jax
-
-    from aether.data.loader import train_batches
-    from aether.parallel import to_global
-
-    source = train_batches(run.corpus, run.config.data, run.config.train.seed)
-    batches = [to_global(next(source), run.mesh) for _ in range(count)]
-    state, late, clock, seconds = run.state, None, time.perf_counter(), []
-    for batch in batches:
-        state, metrics = run.step(state, batch)
-        if late is not None:
-            jax.block_until_ready(late)
-            now = time.perf_counter()
-            seconds.append(now - clock)
-            clock = now
-        late = metrics
-    jax.block_until_ready(state)
-    return seconds
 
 
 def startup(args: flags.FlagValues) -> dict[str, Any]:
