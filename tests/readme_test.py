@@ -48,6 +48,7 @@ def test_the_first_screen_has_the_two_commands_and_the_picture():
 @pytest.mark.parametrize("words", mains(), ids=" ".join)
 def test_commands_parse(words, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
     name = words[0].removesuffix(".py").replace("/", ".")
     assert (ROOT / (name.replace(".", "/") + ".py")).is_file(), words[0]
     values = importlib.import_module(name).FLAGS
