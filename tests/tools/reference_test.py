@@ -52,7 +52,7 @@ TRANSPOSED = [
     ((4,), (2,), dict(padding="VALID", strides=3)),
     ((4,), (4,), dict(padding="VALID", strides=2, kernel_dilation=2)),
     ((4,), (5,), dict(padding="CIRCULAR", strides=2)),
-    ((4,), (5,), dict(padding="CIRCULAR", strides=1, transpose_kernel=True)),
+    ((4,), (4,), dict(padding="CIRCULAR", strides=1, transpose_kernel=True)),
     ((3, 4), (4, 2), dict(padding="CIRCULAR", strides=(2, 3), kernel_dilation=(1, 2))),
     ((3, 4), (2, 3), dict(padding="SAME", strides=(3, 1), transpose_kernel=True)),
     ((3, 4), (2, 3), dict(padding=[(2, 1), (0, 3)], strides=(2, 1))),
