@@ -21,22 +21,34 @@ def dot_scores(q: Array, k: Array) -> Array:
 
 
 def yat_scores(
-    q: Array, k: Array, *, bias: Array, alpha: Array, epsilon: Array, spherical: bool, normalized: bool = False
+    q: Array,
+    k: Array,
+    *,
+    bias: Array | float,
+    alpha: Array | float,
+    epsilon: Array | float,
+    spherical: bool,
+    normalized: bool = False,
+    nonnegative_bias: bool = True,
 ) -> Array:
     """Return α (q·k + b)² / ((‖q − k‖² + ε) √d) in float32, (b, h, t, s); b ≥ 0, α and ε are (h,).
 
     `spherical` and `normalized` as in `aether.kernels.yat.yat`.
     """
-    per_head = (slice(None), None, None)
+
+    def per_head(p: Array | float) -> Array:
+        return jnp.asarray(p)[..., None, None]
+
     return yat(
         q.transpose(0, 2, 1, 3),
         k.transpose(0, 2, 1, 3),
-        bias=bias[per_head],
-        alpha=alpha[per_head] / q.shape[-1] ** 0.5,
-        epsilon=epsilon[per_head],
+        bias=per_head(bias),
+        alpha=per_head(alpha) / q.shape[-1] ** 0.5,
+        epsilon=per_head(epsilon),
         spherical=spherical,
         normalized=normalized,
         transposed=True,
+        nonnegative_bias=nonnegative_bias,
         dtype=jnp.dtype("float32"),
     )
 

@@ -7,6 +7,11 @@ number per output: u = y/α with the sign of n = x·w + b in its sign bit. Since
 n is a root of n² + 2un − u(S + 2b + ε) = 0, and the sign says which. Rounding u to bfloat16 costs less accuracy than
 rounding the dot product: the error of n is that of u divided by 2 + 2n/Q. Where b may be negative the root is not
 determined, and the float32 dot product is kept instead.
+
+The expanded distance loses ‖x − w‖² where x is near w: its relative error is about κ = (‖x‖² + ‖w‖²)/(D + ε) roundings,
+harmless for unit vectors with ε ≥ 0.1 and for layers at their start, not for a trained prototype that sits on its data
+with ε ≤ 1e-3. `ill_conditioned` counts such pairs; `distance="exact"` takes differences instead, at m·n·d operations
+outside the matrix unit, and is also the form to differentiate twice.
 """
 
 from functools import partial
@@ -17,9 +22,11 @@ import jax.numpy as jnp
 from jax import Array
 
 _TINY = 1e-12  # squared norms below this are not stretched to a unit vector
+_BLOCK = 16  # entries of the vectors whose differences are squared at a time
+DISTANCES = ("expanded", "exact")
 
 
-def unit(x: Array, axis: int = -1) -> Array:
+def unit(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     """Return x/‖x‖ along `axis`, in x's dtype, the norm taken in float32; 0 stays 0 with a finite gradient."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis, keepdims=True), _TINY))).astype(x.dtype)
@@ -36,6 +43,7 @@ def yat(
     normalized: bool = False,
     transposed: bool = False,
     nonnegative_bias: bool = True,
+    distance: str = "expanded",
     dtype: jnp.dtype | None = None,
 ) -> Array:
     """Return the ⵟ-product of the rows of `x` with the columns of `w`, or with its rows if `transposed`.
@@ -52,67 +60,150 @@ def yat(
       normalized: with `spherical`: they are unit vectors already, as keys in a cache are.
       transposed: the vectors of `w` are its rows, as keys are in attention.
       nonnegative_bias: promise that b ≥ 0, which lets the backward pass keep u instead of the float32 dot product.
+      distance: "expanded", or "exact": Σ(x − w)² in float32, for vectors close to one another (see above).
       dtype: of the result; x's by default.
 
     Returns:
       (..., m, n). Gradients are those of the formula, with a zero derivative of the distance where it is clamped.
-      Second derivatives are right in float32 except where n = 0; for those use plain autodiff on `yat_reference`.
+      Second derivatives are right in float32 except where n = 0; "exact" is right there too.
 
     Raises:
-      ValueError: the operands' dtypes or inner sizes differ.
+      ValueError: the operands' dtypes or inner sizes differ, or `distance` is neither.
     """
     if x.dtype != w.dtype:
         raise ValueError(f"x is {x.dtype} and w {w.dtype}; cast both to the compute dtype.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x and w are {x.dtype}; they must be of a floating dtype.")
     axis = -1 if transposed else -2
     if x.shape[-1] != w.shape[axis]:
         raise ValueError(f"x has vectors of {x.shape[-1]} and w of {w.shape[axis]}; they must be equal.")
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
+    whole = x, w
     if spherical and not normalized:
         x, w = unit(x), unit(w, axis)
-    bias, alpha, epsilon = (jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
-    options = Options(spherical, transposed, nonnegative_bias, jnp.dtype(dtype or x.dtype))
-    return _yat(options, x, w, bias, alpha, epsilon)
+    dot = product("...md,...nd->...mn" if transposed else "...md,...dn->...mn", x, w)
+    parts = tuple(jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
+    dtype = jnp.dtype(dtype or x.dtype)
+    if distance == "exact":
+        x, w = (v.astype(jnp.float32) for v in whole)
+        if spherical and not normalized:
+            x, w = unit(x), unit(w, axis)
+        return ratio_of(dot, squared_distances(x, w if transposed else w.swapaxes(-1, -2)), *parts).astype(dtype)
+    squares = (2.0, 0.0) if spherical else (_squares(x, -1)[..., :, None], _squares(w, axis)[..., None, :])
+    return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, kept=x.dtype, dtype=dtype)
 
 
-def yat_reference(x: Array, w: Array, bias: Array, alpha: Array, epsilon: Array) -> Array:
-    """Return the plain ⵟ-product by direct differences, (..., m, n): the memory is m·d·n; for tests and small sizes."""
-    dot = jnp.matmul(x, w)
-    distance = jnp.sum((x[..., :, :, None] - w[..., None, :, :]) ** 2, -2)
+def ill_conditioned(x: Array, w: Array, epsilon: Array | float, threshold: float = 1e3) -> Array:
+    """Count the pairs of rows of `x` (m, d) and columns of `w` (d, n) with κ = (‖x‖² + ‖w‖²)/(D + ε) > `threshold`.
+
+    About κ float32 roundings (6e-8) is the relative error of y by the expanded distance; D is taken by differences.
+    """
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    d = squared_distances(x, w.T)
+    return jnp.sum((_squares(x, -1)[:, None] + _squares(w, 0)) > threshold * (d + epsilon))
+
+
+def squared_distances(x: Array, w: Array) -> Array:
+    """Return ‖x_i − w_j‖² by differences, (..., m, n), of rows (..., m, d) and (..., n, d), in x's dtype.
+
+    No intermediate, in the backward pass either, is larger than a few entries of the vectors times the result.
+    """
+    d = x.shape[-1]
+    block = min(d, _BLOCK)
+
+    def blocks(v: Array) -> Array:
+        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, -d % block)])
+        return jnp.moveaxis(v.reshape(*v.shape[:-1], -1, block), -2, 0)
+
+    @jax.checkpoint
+    def add(total: Array, vectors: tuple[Array, Array]) -> tuple[Array, None]:
+        x, w = vectors
+        return total + jnp.sum((x[..., :, None, :] - w[..., None, :, :]) ** 2, -1), None
+
+    lead = jnp.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+    zeros = jnp.zeros((*lead, x.shape[-2], w.shape[-2]), x.dtype)
+    return jax.lax.scan(add, zeros, (blocks(x), blocks(w)))[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(equation: str, x: Array, w: Array) -> Array:
+    """Return einsum(equation, x, w) in float32; its cotangent is rounded to the operands' dtype, then multiplied."""
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+
+
+def _product_forward(equation, x, w):
+    return product(equation, x, w), (x, w)
+
+
+def _product_backward(equation, operands, g):
+    def multiply(x, w):
+        return jnp.einsum(equation, x, w, preferred_element_type=x.dtype)
+
+    return jax.vjp(multiply, *operands)[1](g.astype(operands[0].dtype))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def ratio_of(dot: Array, distance: Array, bias: Array, alpha: Array, epsilon: Array) -> Array:
+    """Return α (dot + b)² / (distance + ε), differentiated by JAX."""
     return alpha * (dot + bias) ** 2 / (distance + epsilon)
 
 
-class Options(NamedTuple):
-    """What is known when the product is traced."""
+def ratio(
+    dot: Array,
+    x_square: Array | float,
+    w_square: Array | float,
+    bias: Array,
+    alpha: Array,
+    epsilon: Array,
+    *,
+    nonnegative_bias: bool,
+    kept: jnp.dtype,
+    dtype: jnp.dtype,
+) -> Array:
+    """Return α (dot + b)² / (max(‖x‖² + ‖w‖² − 2 dot, 0) + ε); its gradient keeps one number an output.
 
-    spherical: bool
-    transposed: bool
+    Args:
+      dot: x·w, float32.
+      x_square: ‖x‖², broadcastable to `dot`.
+      w_square: ‖w‖², broadcastable to `dot`.
+      bias: b, broadcastable to `dot`, as are α and ε.
+      alpha: α.
+      epsilon: ε.
+      nonnegative_bias: keep the signed u in `kept`, else `dot` itself.
+      kept: the compute dtype.
+      dtype: of the result.
+    """
+    options = Options(nonnegative_bias, jnp.dtype(kept), jnp.dtype(dtype))
+    squares = (jnp.asarray(s, jnp.float32) for s in (x_square, w_square))
+    return _ratio(options, dot, *squares, bias, alpha, epsilon)
+
+
+class Options(NamedTuple):
+    """What is known of a ratio when it is traced."""
+
     nonnegative_bias: bool
+    kept: jnp.dtype
     dtype: jnp.dtype
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _yat(o, x, w, bias, alpha, epsilon):
-    return _forward(o, x, w, bias, alpha, epsilon)[0]
+def _ratio(o, dot, x_square, w_square, bias, alpha, epsilon):
+    return _forward(o, dot, x_square, w_square, bias, alpha, epsilon)[0]
 
 
-def _product(o: Options, x: Array, w: Array, dtype: jnp.dtype) -> Array:
-    equation = "...md,...nd->...mn" if o.transposed else "...md,...dn->...mn"
-    return jnp.einsum(equation, x, w, preferred_element_type=dtype)
+def _squares(x: Array, axis: int) -> Array:
+    x = x.astype(jnp.float32)
+    return jnp.sum(x * x, axis)
 
 
-def _squares(o: Options, x: Array, w: Array) -> Array | float:
-    """Return S = ‖x‖² + ‖w‖², broadcastable to the output; exactly 2 for unit vectors."""
-    if o.spherical:
-        return 2.0
-    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    return jnp.sum(x * x, -1)[..., :, None] + jnp.sum(w * w, -1 if o.transposed else -2)[..., None, :]
-
-
-def _forward(o, x, w, bias, alpha, epsilon):
-    dot = _product(o, x, w, jnp.dtype("float32"))
+def _forward(o, dot, x_square, w_square, bias, alpha, epsilon):
     n = dot + bias
-    u = n * n / (jnp.maximum(_squares(o, x, w) - 2.0 * dot, 0.0) + epsilon)
-    kept = jnp.where(n < 0, -u, u).astype(x.dtype) if o.nonnegative_bias else dot
-    return (alpha * u).astype(o.dtype), (kept, x, w, bias, alpha, epsilon)
+    u = n * n / (jnp.maximum(x_square + w_square - 2.0 * dot, 0.0) + epsilon)
+    kept = jnp.where(n < 0, -u, u).astype(o.kept) if o.nonnegative_bias else dot
+    return (alpha * u).astype(o.dtype), (kept, x_square, w_square, bias, alpha, epsilon)
 
 
 def _recover(kept, s, bias, epsilon):
@@ -120,18 +211,18 @@ def _recover(kept, s, bias, epsilon):
     signed = kept.astype(jnp.float32)
     u = jnp.abs(signed)
     c = s + 2.0 * bias + epsilon
-    root = jnp.sqrt(u * (u + c))
-    positive = u * c / jnp.maximum(u + root, 1e-37)  # = −u + root without its cancellation
+    root, other = jnp.sqrt(u), jnp.sqrt(u + c)  # never √(u(u + c)), which overflows
+    positive = root * c / (root + other)  # = root (other − root) without its cancellation
     edge = 0.5 * (c - epsilon)  # n at which the distance reaches 0
     free = (signed < 0) | (u * epsilon < edge * edge)
-    n = jnp.where(signed < 0, -(u + root), jnp.where(free, positive, jnp.sqrt(u * epsilon)))
-    q = jnp.where(free, jnp.where(u > 1e-30, n * n / jnp.maximum(u, 1e-30), c), epsilon)
+    n = jnp.where(signed < 0, -root * (root + other), jnp.where(free, positive, jnp.sqrt(u * epsilon)))
+    q = jnp.where(free, jnp.where(u > 1e-30, n * (n / jnp.maximum(u, 1e-30)), c), epsilon)
     return n, q, u, free
 
 
 def _backward(o, residuals, g):
-    kept, x, w, bias, alpha, epsilon = residuals
-    s = _squares(o, x, w)
+    kept, x_square, w_square, bias, alpha, epsilon = residuals
+    s = x_square + w_square
     if o.nonnegative_bias:
         n, q, u, free = _recover(kept, s, bias, epsilon)
     else:
@@ -141,18 +232,11 @@ def _backward(o, residuals, g):
         u = n * n / q
     g = g.astype(jnp.float32)
     ga = g * alpha
-    g_n = 2.0 * ga * n / q
-    g_q = -ga * u / q
+    g_n = 2.0 * ga * (n / q)
+    g_q = -ga * (u / q)
     g_distance = jnp.where(free, g_q, 0.0)
-    g_dot = (g_n - 2.0 * g_distance).astype(x.dtype)
-    g_x, g_w = jax.vjp(lambda x, w: _product(o, x, w, x.dtype), x, w)[1](g_dot)
-    if not o.spherical:
-        g_x += (2.0 * x * _sum_to(jnp.sum(g_distance, -1, keepdims=True), x.shape[:-1] + (1,))).astype(x.dtype)
-        for_w = jnp.sum(g_distance, -2, keepdims=True)
-        for_w = for_w.swapaxes(-1, -2) if o.transposed else for_w
-        vectors = w.shape[:-1] + (1,) if o.transposed else w.shape[:-2] + (1, w.shape[-1])
-        g_w += (2.0 * w * _sum_to(for_w, vectors)).astype(w.dtype)
-    return g_x, g_w, _sum_to(g_n, bias.shape), _sum_to(g * u, alpha.shape), _sum_to(g_q, epsilon.shape)
+    parts = ((g_distance, x_square), (g_distance, w_square), (g_n, bias), (g * u, alpha), (g_q, epsilon))
+    return g_n - 2.0 * g_distance, *(_sum_to(g, p.shape) for g, p in parts)
 
 
 def _sum_to(g: Array, shape: tuple[int, ...]) -> Array:
@@ -162,4 +246,4 @@ def _sum_to(g: Array, shape: tuple[int, ...]) -> Array:
     return jnp.sum(g, axes, keepdims=True)
 
 
-_yat.defvjp(_forward, _backward)
+_ratio.defvjp(_forward, _backward)

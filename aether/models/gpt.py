@@ -31,7 +31,8 @@ def _branch_std(c: ModelConfig) -> tuple[float, float]:
 
 
 def _unit(c: ModelConfig, alpha: float) -> dict[str, Any]:
-    return dict(bias=c.yat_bias, alpha=alpha, epsilon=c.epsilon, spherical=c.spherical)
+    """Return the options of a ⵟ unit, without whether it has a bias."""
+    return dict(bias_init=c.yat_bias, alpha_init=alpha, epsilon=c.epsilon, spherical=c.spherical)
 
 
 def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
@@ -46,7 +47,8 @@ def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
     )
     if c.attention == "dot":
         return Attention(c.width, c.heads, **kwargs)
-    return YatAttention(c.width, c.heads, **_unit(c, c.attention_alpha), **kwargs)
+    unit = _unit(c, c.attention_alpha)
+    return YatAttention(c.width, c.heads, use_score_bias=c.yat_bias > 0, **unit, **kwargs)
 
 
 class MLP(nnx.Module):
@@ -60,7 +62,8 @@ class MLP(nnx.Module):
         if self.gelu:
             self.hidden = Linear(c.width, c.hidden, std=std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
         else:
-            self.hidden = YatNMN(c.width, c.hidden, **_unit(c, c.mlp_alpha), dtype=c.dtype, rngs=rngs)
+            unit = _unit(c, c.mlp_alpha) | dict(use_bias=c.yat_bias > 0, softplus_bias=c.yat_bias > 0)
+            self.hidden = YatNMN(c.width, c.hidden, learnable_epsilon=True, **unit, dtype=c.dtype, rngs=rngs)
         axes = ("mlp", "embed")
         self.out = Linear(c.hidden, c.width, std=out_std, use_bias=use_bias, axes=axes, dtype=c.dtype, rngs=rngs)
 

@@ -107,10 +107,13 @@ class YatAttention(YatUnit, Attention):
     Args:
       features: width of the residual stream.
       num_heads: heads; must divide `features`.
-      bias: initial b; 0 leaves it out.
-      alpha: initial α.
+      use_bias: biases in the four linear maps.
+      use_score_bias: have a b; it is softplus(bias).
+      bias_init: initial b.
+      alpha_init: initial α.
       epsilon: initial ε.
       spherical: compare the directions of q and k only.
+      rngs: source of the initial parameters.
       **kwargs: those of `Attention`.
     """
 
@@ -119,15 +122,29 @@ class YatAttention(YatUnit, Attention):
         features: int,
         num_heads: int,
         *,
-        bias: float = 0.1,
-        alpha: float = 1.0,
+        use_bias: bool = True,
+        use_score_bias: bool = True,
+        bias_init: float = 0.1,
+        alpha_init: float = 1.0,
         epsilon: float = 1e-5,
         spherical: bool = False,
+        rngs: nnx.Rngs,
         **kwargs,
     ):
-        super().__init__(features, num_heads, **kwargs)
+        super().__init__(features, num_heads, use_bias=use_bias, rngs=rngs, **kwargs)
         heads = (num_heads,)
-        self.init_unit(heads, heads, ("heads",), bias=bias, alpha=alpha, epsilon=epsilon)
+        self.init_unit(
+            heads,
+            heads,
+            ("heads",),
+            use_bias=use_score_bias,
+            softplus_bias=use_score_bias,
+            learnable_epsilon=True,
+            rngs=rngs,
+            bias_init=bias_init,
+            alpha_init=alpha_init,
+            epsilon=epsilon,
+        )
         self.spherical = spherical
 
     def prepare(self, x: Array) -> Array:

@@ -13,7 +13,12 @@ from flax import nnx
 from jax import Array
 
 Axes = tuple[str | None, ...]
+Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as in `jax.nn.initializers`
 M = TypeVar("M", bound=nnx.Module)
+
+
+class FrozenParam(nnx.Variable):
+    """An array that is saved with the parameters and not trained: `nnx.Param` does not select it."""
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, axes: Axes) -> nnx.Param:
