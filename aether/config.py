@@ -125,6 +125,9 @@ class ModelConfig(Section, prefix="model"):
     position: str = knob(AUTO, "position by rotation or by a table", choices=(AUTO, "rotary", "learned"), auto=True)
     head: str = knob(AUTO, "output matrix: the embedding's or its own", choices=(AUTO, "tied", "untied"), auto=True)
     linear_bias: str = knob(AUTO, "biases in linear maps", choices=(AUTO, "yes", "no"), auto=True)
+    attention_impl: str = knob(
+        "plain", "whole score matrices, or blocks of them in linear memory", choices=("plain", "blockwise"), free=True
+    )
     rope_theta: float = knob(10000.0, "base of the rotary wavelengths", low=1.0)
     spherical: bool = knob(True, "ⵟ on unit vectors x/|x|, w/|w|")
     epsilon: float = knob(0.3, "initial ε of the ⵟ denominator (learned)", low=1e-6)

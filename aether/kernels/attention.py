@@ -1,69 +1,153 @@
-"""Attention over whole score matrices: masks, scores, and the weighted mean of values.
+"""Attention: scores, their normalisation over the keys that a mask admits, and the weighted mean of values.
 
-Axes: b batch, t query, s key, h heads, k head width.
+Axes: b batch, t query, s key, h heads, g key/value heads, r = h/g query heads a key/value head, k head width. Within
+this module queries are (b, g, r, t, k), so that the r heads which share keys meet them in one product, uncopied.
 """
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from aether.kernels.yat import yat
+from aether.kernels.blockwise import blockwise
+from aether.kernels.masks import Mask
+from aether.kernels.normalization import Normalization
+from aether.kernels.yat import product, yat
+
+IMPLS = ("plain", "blockwise")
+BLOCK = 512  # fastest on CPU at length 2048
 
 
-def causal_mask(t: int, s: int, offset: Array | int = 0) -> Array:
-    """Return (t, s) booleans: query i, at position offset + i, sees keys 0 … offset + i."""
-    return jnp.arange(s) <= jnp.arange(t)[:, None] + offset
+class Score(Protocol):
+    """What compares prepared queries (b, g, r, t, k) and keys (b, g, 1, s, k): float32 (b, g, r, t, s), a pytree."""
+
+    def __call__(self, q: Array, k: Array) -> Array:
+        """Return the scores."""
+        ...
 
 
-def dot_scores(q: Array, k: Array) -> Array:
-    """Return q·k / √d in float32, (b, h, t, s), from (b, t, h, k) and (b, s, h, k)."""
-    return jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DotScore:
+    """q·k / √d."""
+
+    def __call__(self, q: Array, k: Array) -> Array:
+        """Return the scores."""
+        return product("...md,...nd->...mn", q, k) / math.sqrt(q.shape[-1])
 
 
-def yat_scores(
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["bias", "alpha", "epsilon"],
+    meta_fields=["spherical", "distance", "nonnegative_bias"],
+)
+@dataclass(frozen=True)
+class YatScore:
+    """α (q·k + b)² / ((‖q − k‖² + ε) √d); b, α and ε are numbers or (h,).
+
+    Attributes:
+      bias: b.
+      alpha: α.
+      epsilon: ε > 0.
+      spherical: q and k are unit vectors.
+      distance: see `aether.kernels.yat.yat`.
+      nonnegative_bias: see there.
+    """
+
+    bias: Array | float = 0.0
+    alpha: Array | float = 1.0
+    epsilon: Array | float = 1e-5
+    spherical: bool = field(default=False, kw_only=True)
+    distance: str = field(default="expanded", kw_only=True)
+    nonnegative_bias: bool = field(default=False, kw_only=True)
+
+    def __call__(self, q: Array, k: Array) -> Array:
+        """Return the scores."""
+
+        def per_head(p: Array | float) -> Array:
+            p = jnp.asarray(p, jnp.float32)
+            return p.reshape(*q.shape[1:3], 1, 1) if p.ndim else p
+
+        return yat(
+            q,
+            k,
+            bias=per_head(self.bias),
+            alpha=per_head(self.alpha) / math.sqrt(q.shape[-1]),
+            epsilon=per_head(self.epsilon),
+            spherical=self.spherical,
+            normalized=True,
+            transposed=True,
+            nonnegative_bias=self.nonnegative_bias,
+            distance=self.distance,
+            dtype=jnp.dtype("float32"),
+        )
+
+
+def attention(
     q: Array,
     k: Array,
+    v: Array,
+    score: Score,
     *,
-    bias: Array | float,
-    alpha: Array | float,
-    epsilon: Array | float,
-    spherical: bool,
-    normalized: bool = False,
-    nonnegative_bias: bool = True,
+    mask: Mask | None = None,
+    normalization: Normalization | None = None,
+    impl: str = "plain",
+    block: int = BLOCK,
 ) -> Array:
-    """Return α (q·k + b)² / ((‖q − k‖² + ε) √d) in float32, (b, h, t, s); b ≥ 0, α and ε are (h,).
-
-    `spherical` and `normalized` as in `aether.kernels.yat.yat`.
-    """
-
-    def per_head(p: Array | float) -> Array:
-        return jnp.asarray(p)[..., None, None]
-
-    return yat(
-        q.transpose(0, 2, 1, 3),
-        k.transpose(0, 2, 1, 3),
-        bias=per_head(bias),
-        alpha=per_head(alpha) / q.shape[-1] ** 0.5,
-        epsilon=per_head(epsilon),
-        spherical=spherical,
-        normalized=normalized,
-        transposed=True,
-        nonnegative_bias=nonnegative_bias,
-        dtype=jnp.dtype("float32"),
-    )
-
-
-def weighted_values(scores: Array, v: Array, mask: Array) -> Array:
-    """Return softmax(scores over the keys that `mask` admits) · v.
+    """Return Σ_s w_s v_s with the weights w that `normalization` makes of the scores `mask` admits.
 
     Args:
-      scores: (b, h, t, s) float32.
-      v: (b, s, h, k).
-      mask: booleans broadcastable to the scores; a query with no admitted key gets exact zeros.
+      q: (b, t, h, k).
+      k: (b, s, g, k) with g dividing h: query head i reads key head i // (h/g).
+      v: (b, s, g, any width).
+      score: `DotScore` or `YatScore`.
+      mask: which keys a query sees; all by default. A query that sees none gets exact zeros.
+      normalization: softmax by default.
+      impl: "plain" holds all scores and can be differentiated twice; "blockwise" never holds more than a block's.
+      block: largest number of queries, and of keys, in a block.
 
     Returns:
-      (b, t, h, k) in v's dtype.
+      (b, t, h, v's width) in v's dtype; scores and weights are float32, products accumulate in float32.
+
+    Raises:
+      ValueError: shapes do not fit one another, the mask does not fit them, or an option is unknown.
     """
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    weights = jnp.where(mask, weights, 0.0).astype(v.dtype)
-    return jnp.einsum("bhts,bshk->bthk", weights, v)
+    b, t, h, _ = q.shape
+    s, g = k.shape[1:3]
+    _check(q, k, v, score, normalization, impl, block)
+    mask = (mask or Mask()).checked(b, g, h // g, t, s)
+    normalization = normalization or Normalization()
+    q = q.reshape(b, t, g, h // g, -1).transpose(0, 2, 3, 1, 4)
+    k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
+    if impl == "plain":
+        y = plain(q, k, v, score, mask, normalization)
+    else:
+        if isinstance(score, YatScore):  # to save memory is of no use within a block, and costs time
+            score = replace(score, nonnegative_bias=False)
+        y = blockwise(q, k, v, score, mask, normalization, block)
+    return y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, -1)
+
+
+def plain(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization) -> Array:
+    """Attend with whole score matrices: q (b, g, r, t, k), k and v (b, g, s, k) -> (b, g, r, t, k)."""
+    seen = mask.block(0, q.shape[-2], 0, k.shape[-2])
+    scores = score(q, k[:, :, None])
+    weights = normalization.weights(scores, seen)
+    return product("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v).astype(v.dtype)
+
+
+def _check(q, k, v, score, normalization, impl, block):
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLS)}.")
+    if block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1.")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k, v are {q.shape}, {k.shape}, {v.shape}; they must be (b, t, h, k), (b, s, g, k) twice.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads and k {k.shape[2]}; the first must be a multiple of the second.")
+    if isinstance(score, DotScore) and normalization is not None and normalization.name != "softmax":
+        raise ValueError(f"normalization is {normalization.name!r}; products may be negative and take only softmax.")

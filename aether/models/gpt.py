@@ -11,7 +11,6 @@ from flax import nnx
 from jax import Array
 
 from aether.config import ModelConfig
-from aether.kernels.attention import causal_mask
 from aether.nn import Attention, Embed, KVCache, LayerNorm, Linear, YatAttention, YatNMN
 from aether.nn.param import stack
 
@@ -32,7 +31,8 @@ def _branch_std(c: ModelConfig) -> tuple[float, float]:
 
 def _unit(c: ModelConfig, alpha: float) -> dict[str, Any]:
     """Return the options of a ⵟ unit, without whether it has a bias."""
-    return dict(bias_init=c.yat_bias, alpha_init=alpha, epsilon=c.epsilon, spherical=c.spherical)
+    learned = dict(softplus_bias=c.yat_bias > 0, bias_init=c.yat_bias, alpha_init=alpha, learnable_epsilon=True)
+    return dict(**learned, epsilon=c.epsilon, spherical=c.spherical)
 
 
 def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
@@ -42,6 +42,7 @@ def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
         std=std,
         out_std=out_std,
         use_bias=c.linear_bias == "yes",
+        impl=c.attention_impl,
         dtype=c.dtype,
         rngs=rngs,
     )
@@ -62,8 +63,8 @@ class MLP(nnx.Module):
         if self.gelu:
             self.hidden = Linear(c.width, c.hidden, std=std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
         else:
-            unit = _unit(c, c.mlp_alpha) | dict(use_bias=c.yat_bias > 0, softplus_bias=c.yat_bias > 0)
-            self.hidden = YatNMN(c.width, c.hidden, learnable_epsilon=True, **unit, dtype=c.dtype, rngs=rngs)
+            unit = _unit(c, c.mlp_alpha)
+            self.hidden = YatNMN(c.width, c.hidden, use_bias=c.yat_bias > 0, **unit, dtype=c.dtype, rngs=rngs)
         axes = ("mlp", "embed")
         self.out = Linear(c.hidden, c.width, std=out_std, use_bias=use_bias, axes=axes, dtype=c.dtype, rngs=rngs)
 
@@ -86,11 +87,12 @@ class Block(nnx.Module):
         self.rate = c.dropout
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, cache: KVCache | None, key: Array | None
+        self, x: Array, positions: Array, segments: Array | None, cache: KVCache | None, key: Array | None
     ) -> tuple[Array, KVCache | None]:
         """Add both branches to x (b, t, d), float32."""
         keys = (None, None) if key is None else jax.random.split(key)
-        y, cache = self.attention(self.norm1(x) if self.norm1 else x, positions, mask, cache)
+        y = self.norm1(x) if self.norm1 else x
+        y, cache = self.attention(y, is_causal=True, segments=segments, positions=positions, cache=cache)
         x = x + _dropout(y, self.rate, keys[0])
         y = self.mlp(self.norm2(x) if self.norm2 else x)
         return x + _dropout(y, self.rate, keys[1]), cache
@@ -148,9 +150,6 @@ class GPT(nnx.Module):
         start = 0 if cache is None else cache.length[0]
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(t), (b, t))
-        mask = causal_mask(t, t if cache is None else cache.key.shape[2], start)[None, None]
-        if segments is not None:
-            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position(positions)
@@ -163,7 +162,7 @@ class GPT(nnx.Module):
 
         def block(x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
             params, cache, key = layer
-            return nnx.merge(graph, params)(x, positions, mask, cache, key)
+            return nnx.merge(graph, params)(x, positions, segments, cache, key)
 
         body = jax.checkpoint(block) if c.remat == "block" else block
         x, cache = jax.lax.scan(body, x, (state, cache, keys))

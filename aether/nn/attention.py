@@ -1,156 +1,278 @@
-"""Multi-head self-attention, its score a dot product or a ⵟ-product, with a key/value cache."""
+"""Multi-head attention, its score a dot product or a ⵟ-product, with a key/value cache."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.kernels.attention import dot_scores, weighted_values, yat_scores
+from aether.kernels.attention import BLOCK, IMPLS, DotScore, Score, YatScore, attention
+from aether.kernels.masks import Mask
+from aether.kernels.normalization import Normalization
 from aether.kernels.rope import rotate
 from aether.kernels.yat import unit
 from aether.nn.linear import Linear
-from aether.nn.yat import YatUnit
+from aether.nn.prototypes import operand
+from aether.nn.yat import UnitOptions, YatUnit, check_distance
+
+Pair = tuple[Array, Array]  # of the queries, of the keys
 
 
 class KVCache(NamedTuple):
-    """Keys as they are scored (rotated, normalised) and values of the positions before `length`, (b, s, h, k) each."""
+    """Keys as they are scored (rotated, normalised) and values of the positions before `length`, (b, s, g, k) each."""
 
     key: Array
     value: Array
     length: Array
 
 
+class AttentionOptions(TypedDict, total=False):
+    """What dot-product and ⵟ-attention share; names are flax's where it has them."""
+
+    num_kv_heads: int | None
+    """Heads of keys and values; query head i reads number i // (num_heads / num_kv_heads). `num_heads` by default."""
+    qkv_features: int | None
+    """Width of all query heads together; `in_features` by default."""
+    out_features: int | None
+    """Width of the output; `in_features` by default."""
+    in_kv_features: int | None
+    """Width of `context` in cross attention; `in_features` by default."""
+    use_bias: bool
+    """Have biases in the four linear maps; True by default."""
+    rope_theta: float | None
+    """Base of the rotary wavelengths; no rotation by default."""
+    window: int | None
+    """A query sees itself and the window − 1 positions before it, which implies causality; all by default."""
+    impl: str
+    """"plain", with whole score matrices, or "blockwise", in memory linear in the length."""
+    block: int
+    """Most queries, and most keys, in a block of the blockwise form."""
+    std: float | None
+    """Standard deviation of the initial kernels of query, key and value; 1/√fan_in by default."""
+    out_std: float | None
+    """Of the output's initial kernel; the same by default."""
+    dtype: str
+    """Compute dtype, float32 by default; scores and weights are float32."""
+
+
 class Attention(nnx.Module):
     """out(softmax(q·k/√d) v), with q, k, v and out linear maps.
 
+    `y, _ = layer(x)` is self attention, `y, _ = layer(x, context)` cross attention.
+
     Args:
-      features: width of the residual stream.
-      num_heads: heads; must divide `features`.
-      rope_theta: base of the rotary wavelengths; None for no rotation.
-      std: standard deviation of the initial q, k and v kernels.
-      out_std: of the output kernel.
-      use_bias: biases in the four linear maps.
-      dtype: compute dtype; scores and softmax are float32.
+      in_features: width of x.
+      num_heads: heads; must divide `qkv_features`.
       rngs: source of the initial kernels.
+      others: see `AttentionOptions`.
 
     Raises:
-      ValueError: `num_heads` does not divide `features`.
+      ValueError: heads do not divide what they split, or an option is unknown or out of its range.
     """
+
+    normalization = Normalization()
 
     def __init__(
         self,
-        features: int,
+        in_features: int,
         num_heads: int,
         *,
-        rope_theta: float | None = None,
-        std: float,
-        out_std: float,
+        num_kv_heads: int | None = None,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        in_kv_features: int | None = None,
         use_bias: bool = True,
+        rope_theta: float | None = None,
+        window: int | None = None,
+        impl: str = "plain",
+        block: int = BLOCK,
+        std: float | None = None,
+        out_std: float | None = None,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        if features % num_heads:
-            raise ValueError(
-                f"features is {features} and num_heads {num_heads}; features must be a multiple of num_heads."
-            )
+        qkv_features, num_kv_heads = qkv_features or in_features, num_kv_heads or num_heads
+        out_features, in_kv_features = out_features or in_features, in_kv_features or in_features
+        _check_heads(qkv_features, num_heads, num_kv_heads, rope_theta)
+        _check_form(window, impl, block)
+        width = qkv_features // num_heads
 
-        def linear(std: float, axes: tuple[str, str]) -> Linear:
-            return Linear(features, features, std=std, use_bias=use_bias, axes=axes, dtype=dtype, rngs=rngs)
+        def linear(fan_in: int, fan_out: int, std: float | None, axes: tuple[str, str]) -> Linear:
+            return Linear(fan_in, fan_out, std=std, use_bias=use_bias, axes=axes, dtype=dtype, rngs=rngs)
 
-        self.query = linear(std, ("embed", "heads"))
-        self.key = linear(std, ("embed", "heads"))
-        self.value = linear(std, ("embed", "heads"))
-        self.out = linear(out_std, ("heads", "embed"))
-        self.num_heads = num_heads
-        self.rope_theta = rope_theta
+        self.query = linear(in_features, qkv_features, std, ("embed", "heads"))
+        self.key = linear(in_kv_features, num_kv_heads * width, std, ("embed", "heads"))
+        self.value = linear(in_kv_features, num_kv_heads * width, std, ("embed", "heads"))
+        self.out = linear(qkv_features, out_features, out_std, ("heads", "embed"))
+        self.in_features, self.in_kv_features = in_features, in_kv_features
+        self.num_heads, self.num_kv_heads, self.head_features = num_heads, num_kv_heads, width
+        self.rope_theta, self.window = rope_theta, window
+        self.impl, self.block = impl, block
+        self.dtype = dtype
 
     def prepare(self, x: Array) -> Array:
-        """Return queries or keys (b, t, h, k) as `scores` takes them; keys are cached like that."""
+        """Return queries or keys (b, t, h, k) as the score takes them; keys are cached like that."""
         return x
 
-    def scores(self, q: Array, k: Array) -> Array:
-        """Return float32 scores (b, h, t, s) of prepared queries (b, t, h, k) and keys (b, s, h, k)."""
-        return dot_scores(q, k)
+    def score(self) -> Score:
+        """Return what compares prepared queries and keys."""
+        return DotScore()
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, cache: KVCache | None = None
+        self,
+        x: Array,
+        context: Array | None = None,
+        *,
+        is_causal: bool = False,
+        mask: Array | None = None,
+        segments: Array | Pair | None = None,
+        valid: Array | None = None,
+        positions: Array | Pair | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Attend.
 
         Args:
-          x: (b, t, d).
-          positions: (b, t), for the rotation.
-          mask: booleans broadcastable to (b, h, t, s); s is the cache's length where there is one, else t.
-          cache: the keys and values before x; x's own are written behind them.
+          x: (b, t, in_features).
+          context: (b, s, in_kv_features), where keys and values come from; x itself by default, with s = t.
+          is_causal: position t sees positions 0 … t; a cache implies it.
+          mask: booleans broadcastable to (b, h, t, s), True where a query may look.
+          segments: (b, t) numbers; attention stays inside equal ones. In cross attention a pair (b, t), (b, s).
+          valid: (b, s) booleans, False for keys that are padding.
+          positions: (b, t), for the rotation alone; counted from 0, or from the cache's length. In cross attention a
+            pair.
+          cache: the keys and values before x, of `init_cache`; x's own are written behind them, and s is its length.
 
         Returns:
-          (b, t, d), and the cache with x in it.
+          (b, t, out_features), exact zeros before the output map where a query sees nothing; the cache with x in it.
+
+        Raises:
+          ValueError: shapes do not fit, cross attention is to be causal, or a cache comes with segments or context.
         """
-        b, t, _ = x.shape
-        q, k, v = (f(x).reshape(b, t, self.num_heads, -1) for f in (self.query, self.key, self.value))
-        if self.rope_theta is not None:
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
-        q, k = self.prepare(q), self.prepare(k)
+        self._check_call(context, is_causal, segments, cache)
+        q, k, v = self._project(x, x if context is None else context, positions, cache)
         if cache is not None:
             at = (0, cache.length, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), at)
             v = jax.lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), at)
-            cache = KVCache(k, v, cache.length + t)
-        y = weighted_values(self.scores(q, k), v, mask)
-        return self.out(y.reshape(b, t, -1)), cache
+        of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
+        structure = Mask(
+            causal=is_causal or cache is not None,
+            window=self.window,
+            offset=0 if cache is None else cache.length,
+            query_segments=of_queries,
+            key_segments=of_keys,
+            valid=valid,
+            dense=mask,
+        )
+        options = dict(normalization=self.normalization, impl=self.impl, block=self.block)
+        y = attention(q, k, v, self.score(), mask=structure, **options)  # type: ignore[arg-type]
+        y = self.out(y.reshape(*x.shape[:2], -1))
+        return y, None if cache is None else KVCache(k, v, cache.length + x.shape[1])
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """Return an empty cache of `length` positions."""
+        zeros = jnp.zeros((batch, length, self.num_kv_heads, self.head_features), self.dtype)
+        return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
+
+    def _project(
+        self, x: Array, source: Array, positions: Array | Pair | None, cache: KVCache | None
+    ) -> tuple[Array, Array, Array]:
+        """Return queries (b, t, h, k), and keys and values (b, s, g, k), the first two prepared."""
+        x, source = operand(x, self.in_features, self.dtype), operand(source, self.in_kv_features, self.dtype)
+        if x.ndim != 3 or source.ndim != 3:
+            raise ValueError(f"x is {x.shape} and context {source.shape}; they must be (b, t, d) and (b, s, d).")
+        q, k, v = (
+            f(a).reshape(*a.shape[:2], -1, self.head_features)
+            for f, a in ((self.query, x), (self.key, source), (self.value, source))
+        )
+        if self.rope_theta is not None:
+            start = 0 if cache is None else cache.length
+            pair = positions if isinstance(positions, tuple) else (positions, positions)
+            q, k = (
+                rotate(a, start + jnp.arange(a.shape[1])[None] if p is None else p, self.rope_theta)
+                for a, p in zip((q, k), pair, strict=True)
+            )
+        return self.prepare(q), self.prepare(k), v
+
+    def _check_call(self, context, is_causal, segments, cache):
+        if context is not None and (is_causal or self.window is not None or cache is not None):
+            raise ValueError(
+                f"context is given with is_causal={is_causal}, window={self.window} and cache={cache is not None}; "
+                "cross attention takes False, None and no cache, since its two sequences share no positions."
+            )
+        if cache is not None and segments is not None:
+            raise ValueError("segments and cache are both given; a cache holds one document a row, so leave segments.")
+
+
+class YatAttentionOptions(AttentionOptions, UnitOptions, total=False):
+    """The options of `Attention` and of a ⵟ unit; `use_bias` is about the linear maps, b, α and ε are (heads,)."""
 
 
 class YatAttention(YatUnit, Attention):
-    """Attention whose score is s = α (q·k + b)² / ((‖q − k‖² + ε) √d), with b, α and ε learned per head.
+    """Attention with the score s = α (q·k + b)² / ((‖q − k‖² + ε) √d), with b, α and ε one a head.
 
     Args:
-      features: width of the residual stream.
-      num_heads: heads; must divide `features`.
-      use_bias: biases in the four linear maps.
-      use_score_bias: have a b; it is softplus(bias).
-      bias_init: initial b.
-      alpha_init: initial α.
-      epsilon: initial ε.
-      spherical: compare the directions of q and k only.
+      in_features: width of x.
+      num_heads: heads; must divide `qkv_features`.
+      normalization: of the scores of a row: "softmax" eˢ/Σeˢ, "l1" s/(Σs + ε), or "softermax" sⁿ/(Σsⁿ + 1e-12).
+      power: n of softermax.
+      spherical: compare the directions of q and k only (nmn: normalize_qk).
+      use_score_bias: have a b.
+      distance: "expanded" or "exact"; see `aether.kernels.yat.yat`.
       rngs: source of the initial parameters.
-      **kwargs: those of `Attention`.
+      **options: see `AttentionOptions` and `UnitOptions`.
+
+    Raises:
+      ValueError: heads do not divide what they split, or an option is unknown or out of its range.
     """
 
     def __init__(
         self,
-        features: int,
+        in_features: int,
         num_heads: int,
         *,
-        use_bias: bool = True,
-        use_score_bias: bool = True,
-        bias_init: float = 0.1,
-        alpha_init: float = 1.0,
-        epsilon: float = 1e-5,
+        normalization: str = "softmax",
+        power: float = 1.0,
         spherical: bool = False,
+        use_score_bias: bool = True,
+        distance: str = "expanded",
         rngs: nnx.Rngs,
-        **kwargs,
+        **options: Unpack[YatAttentionOptions],
     ):
-        super().__init__(features, num_heads, use_bias=use_bias, rngs=rngs, **kwargs)
+        shared = {k: v for k, v in options.items() if k in AttentionOptions.__annotations__}
+        of_unit = {k: v for k, v in options.items() if k not in shared} | dict(use_bias=use_score_bias)
+        Attention.__init__(self, in_features, num_heads, rngs=rngs, **shared)  # type: ignore[arg-type]
         heads = (num_heads,)
-        self.init_unit(
-            heads,
-            heads,
-            ("heads",),
-            use_bias=use_score_bias,
-            softplus_bias=use_score_bias,
-            learnable_epsilon=True,
-            rngs=rngs,
-            bias_init=bias_init,
-            alpha_init=alpha_init,
-            epsilon=epsilon,
-        )
+        self.init_unit(heads, heads, ("heads",), rngs=rngs, **of_unit)  # type: ignore[arg-type]
+        constant = self.epsilon if normalization == "l1" else 1e-12
+        self.normalization = Normalization(normalization, power, constant).checked()
         self.spherical = spherical
+        self.distance = check_distance(distance)
 
     def prepare(self, x: Array) -> Array:
         """Return unit vectors if the score is of directions alone."""
         return unit(x) if self.spherical else x
 
-    def scores(self, q: Array, k: Array) -> Array:
-        """Return float32 ⵟ scores (b, h, t, s) of prepared queries (b, t, h, k) and keys (b, s, h, k)."""
-        return yat_scores(q, k, spherical=self.spherical, normalized=True, **self.unit())
+    def score(self) -> Score:
+        """Return what compares prepared queries and keys."""
+        return YatScore(**self.unit(), spherical=self.spherical, distance=self.distance)
+
+
+def _check_heads(features: int, heads: int, kv_heads: int, rope_theta: float | None) -> None:
+    if heads < 1 or features % heads:
+        raise ValueError(f"qkv_features is {features} and num_heads {heads}; the first must be a multiple.")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"num_heads is {heads} and num_kv_heads {kv_heads}; the first must be a multiple.")
+    if rope_theta is not None and features // heads % 2:
+        raise ValueError(f"qkv_features / num_heads is {features // heads}; rotary positions need it to be even.")
+
+
+def _check_form(window: int | None, impl: str, block: int) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None for no window.")
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLS)}.")
+    if block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1.")

@@ -14,7 +14,7 @@ class Linear(nnx.Module):
     Args:
       in_features: width of x.
       out_features: width of y.
-      std: standard deviation of the initial kernel.
+      std: standard deviation of the initial kernel; 1/√in_features by default.
       use_bias: add a bias, 0 at first.
       axes: logical names of the kernel's two axes.
       dtype: compute dtype; the product accumulates in float32.
@@ -26,12 +26,13 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        std: float,
+        std: float | None = None,
         use_bias: bool = True,
         axes: tuple[str, str] = ("embed", "mlp"),
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
+        std = in_features**-0.5 if std is None else std
         self.kernel = normal(rngs.params(), (in_features, out_features), std, axes)
         self.bias = constant((out_features,), 0.0, axes[1:]) if use_bias else None
         self.dtype = dtype
