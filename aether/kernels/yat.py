@@ -1,6 +1,6 @@
 """The ⵟ-product, the only place where it is written: a matrix product whose entries are kernel values.
 
-`y = α (x·w + b)² / (max(‖x‖² + ‖w‖² − 2 x·w, 0) + ε)`  (nmn; arXiv 2410.09118 for the idea)
+`y = α (x·w + b)² / (D + ε)`, `D = max(‖x‖² + ‖w‖² − 2 x·w, 0)`  (nmn; arXiv 2410.09118 for the idea)
 
 Operands stay in the compute dtype, products accumulate in float32. The backward pass keeps, beside its operands, one
 number per output: u = y/α with the sign of n = x·w + b in its sign bit. Since D = S + 2b − 2n with S = ‖x‖² + ‖w‖²,
@@ -8,9 +8,10 @@ n is a root of n² + 2un − u(S + 2b + ε) = 0, and the sign says which. Roundi
 rounding the dot product: the error of n is that of u divided by 2 + 2n/Q. Where b may be negative the root is not
 determined, and the float32 dot product is kept instead.
 
-The expanded distance loses ‖x − w‖² where x is near w: its relative error is about κ = (‖x‖² + ‖w‖²)/(D + ε) roundings,
-harmless for unit vectors with ε ≥ 0.1 and for layers at their start, not for a trained prototype that sits on its data
-with ε ≤ 1e-3. `ill_conditioned` counts such pairs; `distance="exact"` takes differences instead, at m·n·d operations
+The expanded distance loses ‖x − w‖² where x is near w: its relative error is about κ = S/(D + ε) roundings, harmless
+for unit vectors with ε ≥ 0.1 and for layers at their start, not for a trained prototype that sits on its data with
+ε ≤ 1e-3. What it cannot resolve (below four roundings of S) is taken as that much: zero would overrate y by up to D/ε.
+`ill_conditioned` counts the pairs with a large κ; `distance="exact"` takes differences instead, at m·n·d operations
 outside the matrix unit, and is also the form to differentiate twice.
 """
 
@@ -23,6 +24,7 @@ from jax import Array
 
 _TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 _BLOCK = 16  # entries of the vectors whose differences are squared at a time
+_FLOOR = 4 * 2.0**-23  # of S: what float32 sums resolve
 DISTANCES = ("expanded", "exact")
 
 
@@ -91,7 +93,8 @@ def yat(
             x, w = unit(x), unit(w, axis)
         return ratio_of(dot, squared_distances(x, w if transposed else w.swapaxes(-1, -2)), *parts).astype(dtype)
     squares = (2.0, 0.0) if spherical else (_squares(x, -1)[..., :, None], _squares(w, axis)[..., None, :])
-    return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, kept=x.dtype, dtype=dtype)
+    floor = max(_FLOOR, float(jnp.finfo(x.dtype).eps) / 20) if spherical else _FLOOR  # unit vectors have been rounded
+    return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, floor=floor, kept=x.dtype, dtype=dtype)
 
 
 def ill_conditioned(x: Array, w: Array, epsilon: Array | float, threshold: float = 1e3) -> Array:
@@ -128,8 +131,11 @@ def squared_distances(x: Array, w: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(equation: str, x: Array, w: Array) -> Array:
-    """Return einsum(equation, x, w) in float32; its cotangent is rounded to the operands' dtype, then multiplied."""
-    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+    """Return einsum(equation, x, w) in float32; its cotangent is rounded to the operands' dtype, then multiplied.
+
+    Float32 operands are multiplied as such: the bfloat16 or TF32 passes that accelerators put in would lose distances.
+    """
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32, precision="highest")
 
 
 def _product_forward(equation, x, w):
@@ -138,7 +144,7 @@ def _product_forward(equation, x, w):
 
 def _product_backward(equation, operands, g):
     def multiply(x, w):
-        return jnp.einsum(equation, x, w, preferred_element_type=x.dtype)
+        return jnp.einsum(equation, x, w, preferred_element_type=x.dtype, precision="highest")
 
     return jax.vjp(multiply, *operands)[1](g.astype(operands[0].dtype))
 
@@ -160,10 +166,11 @@ def ratio(
     epsilon: Array,
     *,
     nonnegative_bias: bool,
+    floor: float = _FLOOR,
     kept: jnp.dtype,
     dtype: jnp.dtype,
 ) -> Array:
-    """Return α (dot + b)² / (max(‖x‖² + ‖w‖² − 2 dot, 0) + ε); its gradient keeps one number an output.
+    """Return α (dot + b)² / (max(S − 2 dot, floor·S) + ε), S = ‖x‖² + ‖w‖²; its gradient keeps one number an output.
 
     Args:
       dot: x·w, float32.
@@ -173,10 +180,11 @@ def ratio(
       alpha: α.
       epsilon: ε.
       nonnegative_bias: keep the signed u in `kept`, else `dot` itself.
+      floor: the rounding error of the distance, in parts of S.
       kept: the compute dtype.
       dtype: of the result.
     """
-    options = Options(nonnegative_bias, jnp.dtype(kept), jnp.dtype(dtype))
+    options = Options(nonnegative_bias, floor, jnp.dtype(kept), jnp.dtype(dtype))
     squares = (jnp.asarray(s, jnp.float32) for s in (x_square, w_square))
     return _ratio(options, dot, *squares, bias, alpha, epsilon)
 
@@ -185,6 +193,7 @@ class Options(NamedTuple):
     """What is known of a ratio when it is traced."""
 
     nonnegative_bias: bool
+    floor: float
     kept: jnp.dtype
     dtype: jnp.dtype
 
@@ -200,23 +209,24 @@ def _squares(x: Array, axis: int) -> Array:
 
 
 def _forward(o, dot, x_square, w_square, bias, alpha, epsilon):
-    n = dot + bias
-    u = n * n / (jnp.maximum(x_square + w_square - 2.0 * dot, 0.0) + epsilon)
+    n, s = dot + bias, x_square + w_square
+    u = n * n / (jnp.maximum(s - 2.0 * dot, o.floor * s) + epsilon)
     kept = jnp.where(n < 0, -u, u).astype(o.kept) if o.nonnegative_bias else dot
     return (alpha * u).astype(o.dtype), (kept, x_square, w_square, bias, alpha, epsilon)
 
 
-def _recover(kept, s, bias, epsilon):
-    """Return (n, Q, u, distance not clamped) from u with the sign of n."""
+def _recover(kept, s, bias, epsilon, least):
+    """Return (n, Q, u, distance not clamped) from u with the sign of n; `least` is the least distance."""
     signed = kept.astype(jnp.float32)
     u = jnp.abs(signed)
     c = s + 2.0 * bias + epsilon
     root, other = jnp.sqrt(u), jnp.sqrt(u + c)  # never √(u(u + c)), which overflows
     positive = root * c / (root + other)  # = root (other − root) without its cancellation
-    edge = 0.5 * (c - epsilon)  # n at which the distance reaches 0
-    free = (signed < 0) | (u * epsilon < edge * edge)
-    n = jnp.where(signed < 0, -root * (root + other), jnp.where(free, positive, jnp.sqrt(u * epsilon)))
-    q = jnp.where(free, jnp.where(u > 1e-30, n * (n / jnp.maximum(u, 1e-30)), c), epsilon)
+    edge = 0.5 * (s - least) + bias  # n at which the distance reaches `least`
+    clamped = least + epsilon
+    free = (signed < 0) | (u * clamped < edge * edge)
+    n = jnp.where(signed < 0, -root * (root + other), jnp.where(free, positive, root * jnp.sqrt(clamped)))
+    q = jnp.where(free, jnp.where(u > 1e-30, n * (n / jnp.maximum(u, 1e-30)), c), clamped)
     return n, q, u, free
 
 
@@ -224,11 +234,11 @@ def _backward(o, residuals, g):
     kept, x_square, w_square, bias, alpha, epsilon = residuals
     s = x_square + w_square
     if o.nonnegative_bias:
-        n, q, u, free = _recover(kept, s, bias, epsilon)
+        n, q, u, free = _recover(kept, s, bias, epsilon, o.floor * s)
     else:
         n, raw = kept + bias, s - 2.0 * kept
-        free = raw > 0
-        q = jnp.maximum(raw, 0.0) + epsilon
+        free = raw > o.floor * s
+        q = jnp.maximum(raw, o.floor * s) + epsilon
         u = n * n / q
     g = g.astype(jnp.float32)
     ga = g * alpha

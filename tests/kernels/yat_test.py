@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aether.kernels.yat import unit, yat
+from aether.kernels.yat import ill_conditioned, squared_distances, unit, yat
 from aether.testing import equations
+from tools.accuracy import near_cases
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 1e-2}  # times kappa, the condition of the distance
 NAMES = ("x", "w", "bias", "alpha", "epsilon")
@@ -89,6 +90,8 @@ CASES = [
     pytest.param(dict(near=0.05, epsilon=1e-2), dict(spherical=True), id="spherical, near"),
     pytest.param(dict(near=0.0), {}, id="equal"),
     pytest.param(dict(near=0.05, negative=True), dict(nonnegative_bias=False), id="near, negative"),
+    pytest.param(dict(near=0.01, epsilon=1e-3), dict(distance="exact"), id="exact, near"),
+    pytest.param(dict(heads=True, near=0.01), dict(distance="exact", spherical=True), id="exact, spherical heads"),
 ]
 
 
@@ -127,6 +130,79 @@ def test_the_edges_are_finite(rng, dtype, spherical, nonnegative_bias):
     if dtype == "float32" and not spherical:
         bound = BOUNDS[dtype] * kappa(exact[0], exact[1], exact[4].min(), False)
         assert np.abs(y - formula(*exact)).max() <= bound * formula(*exact).max()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("distance", ["expanded", "exact"])
+def test_nothing_overflows_from_norm_0_to_1e4(rng, dtype, spherical, distance):
+    """x = w, x = 2w, x = −w, x ⊥ w, x = 0 and w = 0, with ε from 1e-6 to 1 and b = 0; b of both promises."""
+
+    @jax.jit
+    def both(x, w, epsilon):
+        out = []
+        for promise in (True, False):
+            options = dict(spherical=spherical, distance=distance, nonnegative_bias=promise)
+            y, back = jax.vjp(
+                lambda x, w, b, a, e, options=options: yat(x, w, bias=b, alpha=a, epsilon=e, **options),
+                *(x, w, jnp.zeros(6), jnp.ones(1), epsilon),
+            )
+            out.append((y, back(jnp.ones_like(y))))
+        return out
+
+    for norm, epsilon in [(n, e) for n in (0.0, 1e-3, 1.0, 1e2, 1e4) for e in (1e-6, 1.0)]:
+        x = norm * rng.normal(size=(6, 48)) / np.sqrt(48)
+        w = x * np.array([1.0, 0.0, 2.0, -1.0, 1.0, 1.0])[:, None]
+        x[4] = 0.0
+        out = both(jnp.asarray(x, dtype), jnp.asarray(w.T, dtype), jnp.full((1,), epsilon))
+        assert all(np.isfinite(np.asarray(v, float)).all() for v in jax.tree.leaves(out)), (norm, epsilon)
+
+
+def test_the_exact_distance_of_near_vectors_is_right_and_the_other_keeps_its_bound():
+    """x = w + noise at d = 768, ‖w‖ from 1e-2 to 1e3: at 1e3 and 1e-2 the expansion has lost the distance."""
+    rows = list(near_cases())
+    assert max(r.exact for r in rows) <= 1e-3
+    assert all(r.exact == 0 for r in rows if r.distance == 0)
+    assert max(r.exact_share for r in rows) <= 1 and max(r.expanded_share for r in rows) <= 1
+    assert max(r.expanded for r in rows) > 1e3  # the rows are hard ones
+
+
+def test_gradients_by_differences_survive_where_the_expansion_loses_them(rng):
+    """At x = w + 1e-4 noise, ‖w‖ = 10, the distance's own gradient 2 g_D (x − w) is what b = −‖w‖² leaves over."""
+    w = rng.normal(size=(1, 32))
+    w *= 10 / np.linalg.norm(w)
+    given, exact = rounded(
+        [w + 1e-4 * rng.normal(size=(1, 32)), w.T, np.array([0.0]), np.ones(1), np.array([1e-6])], "float32"
+    )
+    _, grads = run(given, [[1.0]], distance="exact")
+    right = terms(exact, np.ones((1, 1)), False)
+    for name, grad, (want, _) in zip(NAMES[:2], grads, right, strict=False):
+        assert np.linalg.norm(grad - want) <= 1e-3 * np.linalg.norm(want), name
+
+
+def test_blocks_of_any_size_and_leading_axes_give_the_distances(rng):
+    for d in (1, 15, 16, 33):
+        x, w = rng.normal(size=(2, 1, 4, d)), rng.normal(size=(3, 5, d))
+        want = ((x[..., :, None, :] - w[..., None, :, :]) ** 2).sum(-1)
+        got = squared_distances(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_the_exact_distance_holds_no_differences_of_all_pairs(rng):
+    x, w = jnp.ones((40, 160)), jnp.ones((30, 160))
+    kept = jax.make_jaxpr(jax.grad(lambda x, w: squared_distances(x, w).sum(), (0, 1)))(x, w)
+    assert max(v.aval.size for e in equations(kept.jaxpr) for v in e.outvars) <= 40 * 30 * 16
+
+
+def test_ill_conditioned_pairs_are_counted(rng):
+    w = rng.normal(size=(8, 3)) / np.sqrt(8)
+    x = np.concatenate([w.T + 1e-3, w.T, rng.normal(size=(5, 8))])
+    right = (x**2).sum(-1)[:, None] + (w**2).sum(0)
+    right = right / (((x[..., None] - w) ** 2).sum(1) + 1e-5)
+    for threshold in (1e3, 1e5):
+        found = ill_conditioned(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), 1e-5, threshold)
+        assert int(found) == (right > threshold).sum()
+    assert (right > 1e3).sum() == 6
 
 
 @pytest.mark.parametrize("nonnegative_bias", [False, True])
@@ -226,6 +302,18 @@ def test_second_derivatives_are_those_of_plain_autodiff(rng):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(np.abs(b).max()))
 
 
+def test_exact_third_derivatives_are_finite_and_right_at_the_prototype():
+    """At x = w = e₁ with b = 0, ε = 1 along e₁: y = (1 + t)²/(t² + 1), whose derivatives at 0 are 2, 0, −12."""
+
+    def along(t):
+        x = jnp.zeros((1, 4)).at[0, 0].set(1.0 + t)
+        return yat(x, jnp.eye(4)[:, :1], epsilon=1.0, distance="exact")[0, 0]
+
+    first, second = jax.grad(along), jax.grad(jax.grad(along))
+    got = jax.jit(lambda t: (along(t), first(t), second(t), jax.grad(second)(t)))(0.0)
+    np.testing.assert_allclose(got, [1.0, 2.0, 0.0, -12.0], atol=1e-5)
+
+
 def test_a_unit_vector_has_length_one_and_zero_stays_zero():
     x = jnp.asarray([[3.0, 4.0], [0.0, 0.0], [1e-3, 0.0]])
     rows, columns, slopes = jax.jit(lambda x: (unit(x), unit(x.T, 0), jax.jacobian(unit)(x)))(x)
@@ -242,6 +330,10 @@ def test_operands_that_do_not_fit_are_refused():
         yat(x, jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="vectors of 3 and w of 4"):
         yat(x, jnp.ones((2, 4)), transposed=True)
+    with pytest.raises(ValueError, match="distance is 'near'; it must be one of expanded, exact"):
+        yat(x, jnp.ones((3, 2)), distance="near")
+    with pytest.raises(ValueError, match="x and w are int32; they must be of a floating dtype"):
+        yat(jnp.ones((2, 3), int), jnp.ones((3, 2), int))
 
 
 @pytest.mark.parametrize("spherical", [True, False])
@@ -255,15 +347,20 @@ def test_vectors_in_rows_give_what_vectors_in_columns_give(spherical):
     def rows(x, w):
         return yat(x, w.swapaxes(-1, -2), bias=0.3, alpha=1.5, epsilon=0.2, spherical=spherical, transposed=True)
 
-    (y, vjp), (y_rows, vjp_rows) = jax.vjp(columns, x, w), jax.vjp(rows, x, w)
+    @jax.jit
+    def both(x, w, g):
+        (y, vjp), (y_rows, vjp_rows) = jax.vjp(columns, x, w), jax.vjp(rows, x, w)
+        return (y, y_rows), *zip(vjp(g), vjp_rows(g), strict=True)
+
+    (y, y_rows), *grads = both(x, w, g)
     np.testing.assert_allclose(y_rows, y, rtol=1e-5)
-    for a, b in zip(vjp_rows(g), vjp(g), strict=True):
+    for b, a in grads:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_vectors_that_are_normalized_already_are_not_normalized_again():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 4), (4, 6)])
-    ready = yat(unit(x), unit(w, -2), spherical=True, normalized=True, epsilon=0.2)
-    np.testing.assert_allclose(ready, yat(x, w, spherical=True, epsilon=0.2), rtol=1e-6)
-    assert np.abs(yat(x, w, spherical=True, normalized=True, epsilon=0.2) - ready).max() > 0.1
+    ready = jax.jit(lambda x, w: yat(x, w, spherical=True, normalized=True, epsilon=0.2))
+    np.testing.assert_allclose(ready(unit(x), unit(w, -2)), yat(x, w, spherical=True, epsilon=0.2), rtol=1e-6)
+    assert np.abs(ready(x, w) - ready(unit(x), unit(w, -2))).max() > 0.1
