@@ -106,10 +106,10 @@ class Taylor:
     s² = 1/d + the traceless part, of which y_i² − 1/d and √2 y_i y_j with y = Ux are d(d + 1)/2 features; the mean goes
     to the constant. All of them are exact; fewer are a random orthonormal subset (U is Haar), rescaled: unbiased.
     The tail of degree ≥ 3 is one random wave (or more): 1/(C − 2s) = ∫exp(−τε) exp(−τ‖q − k‖²)dτ is a mixture of
-    Gaussians, hence of √2 cos(t w·x + θ) with t² = 2τ, τ ~ Exp(ε), from which the Hermite parts of degree ≤ 2 are taken.
-    A draw has it, 1/p times as strong, with probability p. That makes the mean over draws κ exactly; a draw with it is
-    useless by itself, one without has the kernel cut at degree 2, which is below κ by A r³s³/(C − 2s). p = 0 leaves it out.
-    Features have both signs; the kernel cut at degree 2 is positive if all products are there.
+    Gaussians, hence of √2 cos(t w·x + θ) with t² = 2τ, τ ~ Exp(ε), less their Hermite parts of degree ≤ 2.
+    A draw has the tail with probability p, 1/p times as strong: the mean over draws is κ exactly. A draw with it is
+    useless by itself; one without, and every draw with p = 0, is unbiased for κ cut at degree 2, which differs from κ
+    by A r³s³/(C − 2s). Features have both signs; the cut kernel is positive, and exact if all products are there.
     """
 
     rotation: Array  # (d, d)
@@ -182,7 +182,7 @@ def taylor(
     keys = jax.random.split(key, 5)
     hit = jax.random.bernoulli(keys[4], tail_probability)
     return Taylor(
-        _haar(keys[0], 1, width)[0],
+        haar(keys[0], 1, width)[0],
         orthogonal(keys[1], n, width),
         jnp.sqrt(2.0 * jax.random.exponential(keys[2], (n,)) / epsilon),
         jax.random.uniform(keys[3], (n,), maxval=2.0 * math.pi),
@@ -198,9 +198,9 @@ def taylor(
 class Anchored:
     """Nyström features of the remainder ρ(s) = κ(s) − a₀ − a₁s, beside the exact part of degree ≤ 1.
 
-    φ(x) = [√a₀, √a₁ x, L⁻¹ρ(Z x)] with Z the unit anchors and LLᵀ = ρ(ZZᵀ) + jitter: exact at the anchors, never above κ on
-    the diagonal. Biased by what the anchors do not span; they are parameters, differentiable, to be taken from other data
-    than is attended to (`fit_anchors`). Features have both signs.
+    φ(x) = [√a₀, √a₁ x, L⁻¹ρ(Z x)] with Z the unit anchors and LLᵀ = ρ(ZZᵀ) + jitter: exact at the anchors, and never
+    above κ(1) at s = 1. Biased by what the anchors do not span; they are parameters, differentiable, to be taken from
+    other data than is attended to (`fit_anchors`). Features have both signs.
     """
 
     anchors: Array  # (m, d)
@@ -261,14 +261,25 @@ def fit_anchors(key: Array, x: Array, num_anchors: int, iterations: int = 5) -> 
 def orthogonal(key: Array, count: int, width: int) -> Array:
     """Draw `count` directions from N(0, I), orthogonal within each block of `width` of them."""
     first, second = jax.random.split(key)
-    blocks = _haar(first, -(-count // width), width).reshape(-1, width)[:count]
+    blocks = haar(first, -(-count // width), width).reshape(-1, width)[:count]
     return blocks * jnp.linalg.norm(jax.random.normal(second, (count, width)), axis=-1, keepdims=True)
 
 
-def _haar(key: Array, count: int, width: int) -> Array:
-    """Draw `count` rotations or reflections (width, width), uniformly."""
-    q, r = jnp.linalg.qr(jax.random.normal(key, (count, width, width)))
-    return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+def haar(key: Array, count: int, width: int) -> Array:
+    """Draw `count` matrices (width, width) of orthonormal rows, uniformly, by Gram–Schmidt.
+
+    Not by QR: two batched LAPACK calls at once can wait for each other's threads forever on a CPU of two cores.
+    """
+
+    def add(rows: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
+        i, row = drawn
+        for _ in range(2):  # once leaves 1e-7 over the length of what is left
+            row = row - jnp.einsum("nrd,nr->nd", rows, jnp.einsum("nrd,nd->nr", rows, row))
+            row = unit(row)
+        return rows.at[:, i].set(row), None
+
+    rows = jax.random.normal(key, (width, count, width))
+    return jax.lax.scan(add, jnp.zeros((count, width, width)), (jnp.arange(width), rows))[0]
 
 
 def _dot(x: Array, w: Array) -> Array:

@@ -3,7 +3,8 @@
 Causal sums go through the sequence in chunks: pairs within a chunk are multiplied out, earlier keys enter through
 the state Σ φ(k)⊗[v, 1], whose size does not depend on the length. The gradients of such sums are sums of the same form,
 
-    n_i = Σ_{j≤i} (q_i·k_j) v_j:   q̄_i = Σ_{j≤i} (n̄_i·v_j) k_j,  k̄_j = Σ_{i≥j} (v_j·n̄_i) q_i,  v̄_j = Σ_{i≥j} (k_j·q_i) n̄_i,
+    n_i = Σ_{j≤i} (q_i·k_j) v_j
+    dq_i = Σ_{j≤i} (dn_i·v_j) k_j,  dk_j = Σ_{i≥j} (v_j·dn_i) q_i,  dv_j = Σ_{i≥j} (k_j·q_i) dn_i,
 
 so that the backward pass keeps only the operands and no states. Linear attention: arXiv 2006.16236.
 
@@ -19,43 +20,52 @@ from jax import Array
 
 
 class LinearState(NamedTuple):
-    """What decoding keeps of the keys so far: Σ φ(k)⊗v (b, h, m, k), Σ φ(k) (b, h, m) and their number (b,), float32."""
+    """What decoding keeps of the keys so far: Σ φ(k)⊗v (b, h, m, k), Σ φ(k) (b, h, m) and their number (b,)."""
 
     kv: Array
     k: Array
-    count: Array
+    number: Array
 
 
 def init_state(batch: int, heads: int, features: int, width: int) -> LinearState:
-    """Return the state before any key."""
+    """Return the float32 state before any key."""
     shape = (batch, heads, features)
     return LinearState(jnp.zeros((*shape, width)), jnp.zeros(shape), jnp.zeros((batch,)))
 
 
 def step(
-    state: LinearState, phi_q: Array, phi_k: Array, v: Array, *, mask: Array | None = None, floor: float = 0.0
+    state: LinearState,
+    phi_q: Array,
+    phi_k: Array,
+    v: Array,
+    *,
+    chunk: int = 128,
+    mask: Array | None = None,
+    floor: float = 0.0,
 ) -> tuple[Array, LinearState]:
-    """Attend from one position to itself and those before it.
+    """Attend causally from positions that follow those of `state`: one when decoding, more for a prompt.
 
     Args:
       state: of the positions before.
-      phi_q: (b, h, m).
-      phi_k: (b, h, m).
-      v: (b, h, k).
-      mask: (b,) booleans, False where this position is no key.
-      floor: as in `linear_attention`.
+      phi_q: (b, t, h, m).
+      phi_k: (b, t, h, m).
+      v: (b, t, h, k).
+      chunk: as in `linear_attention`, as are the next two.
+      mask: (b, t).
+      floor: smallest mean weight.
 
     Returns:
-      (b, h, k) in v's dtype, and the state with this position in it.
+      (b, t, h, k) in v's dtype, and the state with these positions in it.
     """
-    admitted = jnp.ones(v.shape[:1], bool) if mask is None else mask
-    phi_q, phi_k, values = (x.astype(jnp.float32) for x in (phi_q, phi_k, v))
-    phi_k = jnp.where(admitted[:, None, None], phi_k, 0.0)
-    values = jnp.where(admitted[:, None, None], values, 0.0)
-    state = LinearState(state.kv + phi_k[..., :, None] * values[..., None, :], state.k + phi_k, state.count + admitted)
-    sums = jnp.einsum("bhm,bhmk->bhk", phi_q, state.kv)
-    total = jnp.einsum("bhm,bhm->bh", phi_q, state.k)
-    return divide(sums, total, state.count[:, None], floor).astype(v.dtype), state
+    _check(phi_q, phi_k, v, True, chunk, mask, None, floor)
+    phi_k, values, admitted = _admit(phi_k, v, mask)
+    before = jnp.concatenate([state.kv, state.k[..., None]], -1)
+    sums = causal_sums(phi_q, phi_k, values, jnp.zeros(v.shape[:2], jnp.int32), chunk, False)
+    sums += jnp.einsum("bthm,bhmk->bthk", phi_q.astype(jnp.float32), before)
+    count = state.number[:, None] + jnp.cumsum(admitted, 1)
+    after = before + _state(phi_k, values)
+    y = divide(sums[..., :-1], sums[..., -1], count[..., None], floor).astype(v.dtype)
+    return y, LinearState(after[..., :-1], after[..., -1], count[:, -1])
 
 
 def linear_attention(
@@ -89,13 +99,9 @@ def linear_attention(
       ValueError: shapes do not fit, or `chunk` or `floor` is out of range.
     """
     _check(phi_q, phi_k, v, causal, chunk, mask, segments, floor)
-    admitted = jnp.ones(v.shape[:2], bool) if mask is None else mask
-    phi_k = jnp.where(admitted[..., None, None], phi_k, 0)
-    values = jnp.where(admitted[..., None, None], v, 0)
-    values = jnp.concatenate([values, jnp.broadcast_to(admitted[..., None, None], (*v.shape[:-1], 1))], -1)
+    phi_k, values, admitted = _admit(phi_k, v, mask)
     if not causal and segments is None:
-        state = jnp.einsum("bshm,bshk->bhmk", phi_k, values, preferred_element_type=jnp.float32)
-        sums = jnp.einsum("bthm,bhmk->bthk", phi_q.astype(jnp.float32), state)
+        sums = jnp.einsum("bthm,bhmk->bthk", phi_q.astype(jnp.float32), _state(phi_k, values))
         count = jnp.sum(admitted, 1, keepdims=True)
     else:
         documents = jnp.zeros(v.shape[:2], jnp.int32) if segments is None else segments.astype(jnp.int32)
@@ -164,12 +170,23 @@ def _one_chunk(strict, carry, parts):
     end = segments[:, -1]
     kept = jnp.where((segments == end[:, None])[..., None, None], k, 0)
     state = jnp.where((last == end)[:, None, None, None], state, 0.0)
-    state += jnp.einsum("bshm,bshk->bhmk", kept, v, preferred_element_type=jnp.float32)
-    return (state, end), sums
+    return (state + _state(kept, v), end), sums
+
+
+def _state(k: Array, v: Array) -> Array:
+    return jnp.einsum("bshm,bshk->bhmk", k, v, preferred_element_type=jnp.float32)
+
+
+def _admit(phi_k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """Return features and [v, 1] with zeros where the mask is False, and the mask."""
+    admitted = jnp.ones(v.shape[:2], bool) if mask is None else mask
+    here = admitted[..., None, None]
+    ones = jnp.broadcast_to(here, (*v.shape[:-1], 1)).astype(v.dtype)
+    return jnp.where(here, phi_k, 0), jnp.concatenate([jnp.where(here, v, 0), ones], -1), admitted
 
 
 def _chunks(x: Array, chunk: int) -> Array:
-    """Pad (b, t, ...) at its end by its last row's segment or zeros, and cut it to (t / chunk, b, chunk, ...)."""
+    """Pad (b, t, ...) at its end by zeros and cut it to (t / chunk, b, chunk, ...)."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
