@@ -60,3 +60,72 @@ def test_every_parameter_learns(rng):
     x = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
     grads = jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(x).sum()))(params)
     assert all((g != 0).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "unit"),
+    [
+        (dict(), {"kernel", "bias", "alpha"}, dict(bias=0.0, alpha=1.0, epsilon=1e-5, nonnegative_bias=False)),
+        (dict(use_bias=False, use_alpha=False), {"kernel"}, dict(bias=0.0, alpha=1.0, nonnegative_bias=True)),
+        (dict(constant_bias=0.5), {"kernel", "alpha"}, dict(bias=0.5, nonnegative_bias=True)),
+        (dict(constant_bias=-0.5), {"kernel", "alpha"}, dict(bias=-0.5, nonnegative_bias=False)),
+        (dict(constant_alpha=True), {"kernel", "bias"}, dict(alpha=2.0**0.5)),
+        (dict(constant_alpha=3.0), {"kernel", "bias"}, dict(alpha=3.0)),
+        (dict(softplus_bias=True), {"kernel", "bias", "alpha"}, dict(bias=np.log(2.0), nonnegative_bias=True)),
+        (dict(scalar_bias=True, bias_init=0.3), {"kernel", "bias", "alpha"}, dict(bias=0.3)),
+        (
+            dict(learnable_epsilon=True, epsilon=1e-3),
+            {"kernel", "bias", "alpha", "epsilon_param"},
+            dict(epsilon=1e-3),
+        ),
+        (dict(bias_init=nnx.initializers.ones, alpha_init=nnx.initializers.ones), None, dict(bias=1.0, alpha=1.0)),
+    ],
+)
+def test_options_are_nmns(options, names, unit):
+    layer = YatNMN(6, 4, **options, rngs=nnx.Rngs(0))
+    found = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(layer))}
+    assert names is None or found == names
+    for name, value in unit.items():
+        np.testing.assert_allclose(layer.unit()[name], value, rtol=1e-5, err_msg=name)
+    if options.get("scalar_bias"):
+        assert layer.bias[...].shape == (1,)
+
+
+def test_a_vector_is_a_batch_of_one(rng):
+    x = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+    np.testing.assert_allclose(make()(x[0]), make()(x)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_a_layer_counts_its_ill_conditioned_pairs(rng, spherical):
+    layer = make(spherical=spherical, epsilon=1e-4)
+    x = jnp.concatenate([layer.kernel[...].T + 1e-3, jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)])
+    assert int(layer.ill_conditioned(x[None])) == 4
+    assert int(layer.ill_conditioned(x[4:])) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(epsilon=-1.0), "epsilon is -1.0; it must be a positive finite number"),
+        (dict(epsilon=0.0), "epsilon is 0.0"),
+        (dict(epsilon=float("nan")), "epsilon is nan"),
+        (dict(epsilon=float("inf")), "epsilon is inf"),
+        (dict(constant_bias=0.1, use_bias=False), "constant_bias is 0.1 and use_bias"),
+        (dict(constant_bias=0.1, softplus_bias=True), "constant_bias is 0.1"),
+        (dict(softplus_bias=True, bias_init=0.0), "bias_init is 0.0 with softplus_bias"),
+        (dict(distance="near"), "distance is 'near'; it must be one of expanded, exact"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        YatNMN(6, 4, **options, rngs=nnx.Rngs(0))
+
+
+def test_inputs_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"x is \(2, 5\) and in_features is 6"):
+        make()(jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match="x is int32; cast it to a floating dtype such as float32"):
+        make()(jnp.ones((2, 6), int))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'biased'"):
+        YatNMN(6, 4, biased=True, rngs=nnx.Rngs(0))
