@@ -19,7 +19,7 @@ from aether.kernels.normalization import Normalization
 from aether.kernels.yat import product, yat
 
 IMPLS = ("plain", "blockwise")
-BLOCK = 512  # fastest on CPU at length 2048
+BLOCK = 256  # about the fastest on CPU at lengths 1024 to 4096, with one head or many
 
 
 class Score(Protocol):
@@ -96,7 +96,7 @@ def attention(
     mask: Mask | None = None,
     normalization: Normalization | None = None,
     impl: str = "plain",
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Array:
     """Return Σ_s w_s v_s with the weights w that `normalization` makes of the scores `mask` admits.
 
@@ -107,8 +107,9 @@ def attention(
       score: `DotScore` or `YatScore`.
       mask: which keys a query sees; all by default. A query that sees none gets exact zeros.
       normalization: softmax by default.
-      impl: "plain" holds all scores and can be differentiated twice; "blockwise" never holds more than a block's.
-      block: largest number of queries, and of keys, in a block.
+      impl: "plain" holds all scores and can be differentiated twice; "blockwise" never holds more than a block's. A
+        single query, as in decoding, has a single row of scores and always takes "plain".
+      block: largest number of queries, and of keys, in a block; 256 by default, fewer if a window is narrow.
 
     Returns:
       (b, t, h, v's width) in v's dtype; scores and weights are float32, products accumulate in float32.
@@ -116,18 +117,19 @@ def attention(
     Raises:
       ValueError: shapes do not fit one another, the mask does not fit them, or an option is unknown.
     """
-    b, t, h, _ = q.shape
-    s, g = k.shape[1:3]
-    _check(q, k, v, score, normalization, impl, block)
+    normalization = (normalization or Normalization()).checked()
+    _check_options(score, normalization, impl, block)
+    _check_operands(q, k, v)
+    (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
     mask = (mask or Mask()).checked(b, g, h // g, t, s)
-    normalization = normalization or Normalization()
     q = q.reshape(b, t, g, h // g, -1).transpose(0, 2, 3, 1, 4)
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
-    if impl == "plain":
+    if impl == "plain" or t == 1:
         y = plain(q, k, v, score, mask, normalization)
     else:
         if isinstance(score, YatScore):  # to save memory is of no use within a block, and costs time
             score = replace(score, nonnegative_bias=False)
+        block = block or min(BLOCK, max(64, (mask.window or 4 * BLOCK) // 4))
         y = blockwise(q, k, v, score, mask, normalization, block)
     return y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, -1)
 
@@ -140,14 +142,20 @@ def plain(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization:
     return product("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v).astype(v.dtype)
 
 
-def _check(q, k, v, score, normalization, impl, block):
+def _check_options(score: Score, normalization: Normalization, impl: str, block: int | None) -> None:
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLS)}.")
-    if block < 1:
-        raise ValueError(f"block is {block}; it must be at least 1.")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k, v are {q.shape}, {k.shape}, {v.shape}; they must be (b, t, h, k), (b, s, g, k) twice.")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads and k {k.shape[2]}; the first must be a multiple of the second.")
-    if isinstance(score, DotScore) and normalization is not None and normalization.name != "softmax":
+    if block is not None and block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1, or None for a size that fits.")
+    if isinstance(score, DotScore) and normalization.name != "softmax":
         raise ValueError(f"normalization is {normalization.name!r}; products may be negative and take only softmax.")
+
+
+def _check_operands(q: Array, k: Array, v: Array) -> None:
+    shapes = f"q, k and v are {q.shape}, {k.shape} and {v.shape}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"{shapes}; they must be (b, t, h, k), (b, s, g, k) and (b, s, g, any).")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{shapes}; q's heads, {q.shape[2]}, must be a multiple of k's, {k.shape[2]}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast all to the compute dtype.")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.kernels.attention import BLOCK, IMPLS, DotScore, Score, YatScore, attention
+from aether.kernels.attention import IMPLS, DotScore, Score, YatScore, attention
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.rope import rotate
@@ -46,8 +46,8 @@ class AttentionOptions(TypedDict, total=False):
     """A query sees itself and the window − 1 positions before it, which implies causality; all by default."""
     impl: str
     """"plain", with whole score matrices, or "blockwise", in memory linear in the length."""
-    block: int
-    """Most queries, and most keys, in a block of the blockwise form."""
+    block: int | None
+    """Most queries, and most keys, in a block of the blockwise form; by default a size that fits."""
     std: float | None
     """Standard deviation of the initial kernels of query, key and value; 1/√fan_in by default."""
     out_std: float | None
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         rope_theta: float | None = None,
         window: int | None = None,
         impl: str = "plain",
-        block: int = BLOCK,
+        block: int | None = None,
         std: float | None = None,
         out_std: float | None = None,
         dtype: str = "float32",
@@ -269,10 +269,10 @@ def _check_heads(features: int, heads: int, kv_heads: int, rope_theta: float | N
         raise ValueError(f"qkv_features / num_heads is {features // heads}; rotary positions need it to be even.")
 
 
-def _check_form(window: int | None, impl: str, block: int) -> None:
+def _check_form(window: int | None, impl: str, block: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None for no window.")
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLS)}.")
-    if block < 1:
-        raise ValueError(f"block is {block}; it must be at least 1.")
+    if block is not None and block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1, or None for a size that fits.")
