@@ -136,6 +136,9 @@ def _error(of: str, got: np.ndarray, want: np.ndarray, size: np.ndarray | None, 
 def cases() -> Iterator[Case]:
     """Yield all cases."""
     yield from dense_cases()
+    yield from embed_cases()
+    yield from conv_cases()
+    yield from attention_cases()
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
@@ -179,6 +182,29 @@ def runner(layer: Any, call: Callable[[Any, Any], Any] = lambda layer, x: layer(
     return run
 
 
+def layer_case(
+    name: str,
+    layer: Any,
+    x: np.ndarray,
+    values: Values,
+    options: dict[str, Any],
+    formula: Callable[..., np.ndarray],
+    condition: Callable[..., np.ndarray] = reference.condition,
+    call: Callable[[Any, Any], Any] = lambda layer, x: layer(x),
+) -> Case:
+    """Return the case of a layer with prototypes; `formula` and `condition` take x, them, b, α, ε and the geometry."""
+    kernel = "embedding" if "embedding" in values else "kernel"
+    geometry = {k: True for k in ("spherical", "weight_normalized") if options.get(k)}
+
+    def right(v: Values) -> np.ndarray:
+        return formula(v["x"], v[kernel], **unit_of(v, options), **geometry)
+
+    def kappa(v: Values) -> float:
+        return max(1.0, float(condition(v["x"], v[kernel], **unit_of(v, options), **geometry).max()))
+
+    return Case(name, layer.dtype, {"x": x, **values}, runner(layer, call), right, kappa)
+
+
 def dense_cases() -> Iterator[Case]:
     """Yield `YatNMN` with every b, α, ε, geometry and distance, in both dtypes; inputs lie near some prototypes."""
     from flax import nnx
@@ -193,17 +219,135 @@ def dense_cases() -> Iterator[Case]:
         values = parameters(layer, rng, dtype)
         x = rng.normal(size=(6, 12)) / np.sqrt(12)
         x[:2] = values["kernel"].T[:2] + 0.05 * rng.normal(size=(2, 12))
-        flags_of = {k: True for k in ("spherical", "weight_normalized") if options.get(k)}
+        name = f"YatNMN: {', '.join(keys[:-1])}"
+        yield layer_case(name, layer, x, values, options, reference.yat)
 
-        def right(v: Values, options: Any = options, flags_of: Any = flags_of) -> np.ndarray:
-            return reference.yat(v["x"], v["kernel"], **unit_of(v, options), **flags_of)
 
-        def kappa(v: Values, options: Any = options, flags_of: Any = flags_of) -> float:
-            w = reference.unit(v["kernel"], 0) if flags_of.get("weight_normalized") else v["kernel"]
-            epsilon = unit_of(v, options)["epsilon"]
-            return reference.kappa(v["x"], w, epsilon, spherical=bool(flags_of.get("spherical")))
+def embed_cases() -> Iterator[Case]:
+    """Yield `YatEmbed.attend` with every α, ε, geometry and distance."""
+    from flax import nnx
 
-        yield Case(f"YatNMN: {', '.join(keys[:-1])}", dtype, {"x": x, **values}, runner(layer), right, kappa)
+    from aether.nn import YatEmbed
+
+    rng = np.random.default_rng(1)
+    for keys in itertools.product(ALPHA, EPSILON, GEOMETRY, DISTANCE, BOUNDS):
+        alpha, epsilon, geometry, distance, dtype = keys
+        options = ALPHA[alpha] | EPSILON[epsilon] | GEOMETRY[geometry]
+        layer = YatEmbed(5, 12, **options, **DISTANCE[distance], dtype=dtype, rngs=nnx.Rngs(0))
+        values = parameters(layer, rng, dtype)
+        q = rng.normal(size=(6, 12)) / np.sqrt(12)
+        name = f"YatEmbed.attend: {', '.join(keys[:-1])}"
+        condition, call = (lambda q, e, **unit: reference.condition(q, e.T, **unit)), (lambda m, q: m.attend(q))
+        yield layer_case(name, layer, q, values, options, reference.attend, condition, call)
+
+
+CONV: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "1D": ((7,), {}),
+    "1D causal": ((7,), dict(padding="CAUSAL", kernel_dilation=2)),
+    "1D reflect": ((7,), dict(padding="REFLECT")),
+    "1D input dilation": ((4,), dict(padding=[(1, 2)], input_dilation=2)),
+    "2D valid, strides": ((5, 4), dict(padding="VALID", strides=(2, 1))),
+    "2D circular": ((4, 3), dict(padding="CIRCULAR")),
+    "2D groups": ((4, 3), dict(feature_group_count=2)),
+    "2D explicit, dilation": ((5, 4), dict(padding=[(1, 0), (2, 1)], kernel_dilation=(2, 1))),
+    "3D": ((3, 2, 3), dict(strides=2)),
+}
+TRANSPOSED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "1D": ((4,), dict(strides=2)),
+    "1D circular": ((4,), dict(strides=2, padding="CIRCULAR")),
+    "2D valid": ((3, 2), dict(strides=(2, 1), padding="VALID")),
+    "2D dilation": ((3, 3), dict(kernel_dilation=2)),
+    "2D transposed kernel": ((3, 2), dict(strides=2, transpose_kernel=True)),
+    "3D": ((2, 2, 2), dict(strides=2)),
+}
+# Enough to see each option with each form; all of them are crossed in the dense layer, which shares the code.
+UNITS: dict[str, dict[str, Any]] = {
+    "plain b, α, ε": BIAS["plain b"] | ALPHA["α"] | EPSILON["ε"],
+    "softplus b, α=√2, learned ε": BIAS["softplus b"] | ALPHA["α=√2"] | EPSILON["learned ε"],
+    "scalar b, no α, learned ε": BIAS["scalar b"] | ALPHA["no α"] | EPSILON["learned ε"],
+}
+
+
+def conv_cases() -> Iterator[Case]:
+    """Yield `YatConv` and `YatConvTranspose` with every padding, stride, dilation and rank, and every geometry."""
+    from flax import nnx
+
+    from aether.nn import YatConv, YatConvTranspose
+
+    rng = np.random.default_rng(2)
+    kinds = [(YatConv, reference.yat_conv, k, *v) for k, v in CONV.items()]
+    kinds += [(YatConvTranspose, reference.yat_conv_transpose, k, *v) for k, v in TRANSPOSED.items()]
+    geometries = itertools.cycle(itertools.product(UNITS, GEOMETRY, DISTANCE))
+    for (kind, formula, shape_name, size, window), dtype in itertools.product(kinds, BOUNDS):
+        for _ in range(3):
+            unit, geometry, distance = next(geometries)
+            options = UNITS[unit] | GEOMETRY[geometry]
+            if "transpose_kernel" in window:  # its prototypes lie along another axis than those that are normalised
+                options = options | dict(weight_normalized=False)
+            taps = (3, 2, 2)[: len(size)]
+            layer = kind(2, 4, taps, **window, **options, **DISTANCE[distance], dtype=dtype, rngs=nnx.Rngs(0))
+            values = parameters(layer, rng, dtype)
+            name = f"{kind.__name__}: {shape_name}, {unit}, {geometry}, {distance}"
+            x = rng.normal(size=(2, *size, 2))
+            of_patches = partial(formula, of=reference.condition, **window)
+            yield layer_case(name, layer, x, values, options, partial(formula, **window), of_patches)
+
+
+def attention_cases() -> Iterator[Case]:
+    """Yield attention with every normalisation, mask and form of the scores, plain and by blocks."""
+    from aether.kernels.attention import YatScore, attention
+    from aether.kernels.masks import Mask
+    from aether.kernels.normalization import Normalization
+    from aether.kernels.yat import unit
+
+    rng = np.random.default_rng(3)
+    b, t, h, g, d = 2, 7, 4, 2, 6
+    ahead = np.arange(t) - np.arange(t)[:, None]
+    segments = np.repeat([[0, 1, 2]], [2, 3, 2], axis=1).repeat(b, 0)
+    masks: dict[str, tuple[Mask, Any]] = {
+        "all": (Mask(), True),
+        "causal": (Mask(causal=True), ahead <= 0),
+        "window": (Mask(window=3), (ahead <= 0) & (ahead > -3)),
+        "segments": (
+            Mask(query_segments=segments, key_segments=segments),
+            segments[:, None, :, None] == segments[:, None, None],
+        ),
+    }
+    kinds = {
+        "softmax": Normalization(),
+        "l1": Normalization("l1", 1.0, 1e-5),
+        "softermax": Normalization("softermax", 2.0),
+    }
+    for keys in itertools.product(kinds, masks, ("plain", "spherical"), ("plain", "blockwise"), BOUNDS):
+        kind, name, geometry, impl, dtype = keys
+        values = dict(
+            q=rng.normal(size=(b, t, h, d)) / np.sqrt(d),
+            k=rng.normal(size=(b, t, g, d)) / np.sqrt(d),
+            v=rng.normal(size=(b, t, g, d)),
+            bias=rng.uniform(0.1, 0.5, h),
+            alpha=rng.uniform(1.0, 2.0, h),
+            epsilon=rng.uniform(0.3, 0.5, h),
+        )
+        (mask, seen), normalization, spherical = masks[name], kinds[kind], geometry == "spherical"
+
+        def run(
+            v: dict[str, Any], mask: Any = mask, to: Any = normalization, spherical: Any = spherical, impl: Any = impl
+        ) -> Any:
+            score = YatScore(v["bias"], v["alpha"], v["epsilon"], spherical=spherical, nonnegative_bias=True)
+            q, k = (unit(v[n]) if spherical else v[n] for n in ("q", "k"))
+            return attention(q, k, v["v"], score, mask=mask, normalization=to, impl=impl, block=3)
+
+        def right(v: Values, seen: Any = seen, to: Any = normalization, spherical: Any = spherical) -> np.ndarray:
+            to_what = dict(normalization=to.name, power=to.power, l1_epsilon=to.constant)
+            unit = dict(bias=v["bias"], alpha=v["alpha"], epsilon=v["epsilon"], spherical=spherical)
+            return reference.yat_attention(v["q"], v["k"], v["v"], mask=seen, **to_what, **unit)
+
+        def kappa(v: Values, spherical: Any = spherical) -> float:
+            q, k = v["q"].swapaxes(1, 2), v["k"].repeat(h // g, 2).swapaxes(1, 2)
+            heads = ((q[i, j], k[i, j].T, v["epsilon"][j]) for i, j in np.ndindex(b, h))
+            return max(reference.kappa(*head, spherical=spherical) for head in heads)
+
+        yield Case(f"attention: {', '.join(keys[:-1])}", dtype, values, run, right, kappa)
 
 
 class Near(NamedTuple):

@@ -62,13 +62,26 @@ def yat(
     return _ratio(x[..., None, :], w.T, bias, alpha, epsilon, spherical, spherical or weight_normalized)
 
 
+def condition(
+    x: Any,
+    w: Any,
+    *,
+    epsilon: Any = 1e-5,
+    spherical: bool = False,
+    weight_normalized: bool = False,
+    bias: Any = 0.0,
+    alpha: Any = 1.0,
+) -> Array:
+    """(‖x‖² + ‖w‖²) / (D + ε), how much the expansion of D loses; takes what `yat` takes, and is of its shape."""
+    x, w = _exact(x)[..., None, :], _exact(w).T
+    x, w = unit(x) if spherical else x, unit(w) if spherical or weight_normalized else w
+    size = np.sum(x * x, -1) + np.sum(w * w, -1)
+    return size / (np.sum((x - w) ** 2, -1) + epsilon)
+
+
 def kappa(x: Any, w: Any, epsilon: Any = 1e-5, *, spherical: bool = False) -> float:
     """The condition number max(1, max over pairs (‖x‖² + ‖w‖²) / (D + ε)) of `yat(x, w)`."""
-    x, w = _exact(x)[..., None, :], _exact(w).T
-    if spherical:
-        x, w = unit(x), unit(w)
-    size = np.sum(x * x, -1) + np.sum(w * w, -1)
-    return max(1.0, float(np.max(size / (np.sum((x - w) ** 2, -1) + epsilon))))
+    return max(1.0, float(np.max(condition(x, w, epsilon=epsilon, spherical=spherical))))
 
 
 # Convolutions
@@ -137,22 +150,23 @@ def yat_conv(
     input_dilation: int | Sequence[int] = 1,
     kernel_dilation: int | Sequence[int] = 1,
     feature_group_count: int = 1,
+    of: Callable[..., Array] = yat,
     **options: Any,
 ) -> Array:
     """`yat` of every patch: x (b, spatial..., in), w (k..., in / groups, out) -> (b, out spatial..., out).
 
     Padding as in flax.nnx.Conv; its zeros are entries of the patch. `options` are those of `yat`, with bias, α and ε of
-    shape (out,) or one number.
+    shape (out,) or one number; `of` may be another function of patches and kernel columns, such as `condition`.
     """
     x, w = _exact(x), _exact(w)
     window, n = w.shape[:-2], w.ndim - 2
     strides, dilation = _each(strides, n), _each(kernel_dilation, n)
     x, pads = _conv_pads(x, window, strides, dilation, padding)
     patches = _patches(_pad(_dilate(x, _each(input_dilation, n)), pads), window, strides, dilation)
-    return _by_group(patches, w, feature_group_count, options)
+    return _by_group(of, patches, w, feature_group_count, options)
 
 
-def _by_group(patches: Array, w: Array, groups: int, options: dict[str, Any]) -> Array:
+def _by_group(of: Callable[..., Array], patches: Array, w: Array, groups: int, options: dict[str, Any]) -> Array:
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
     w = w.reshape(-1, inputs, w.shape[-1])
     out = []
@@ -161,7 +175,7 @@ def _by_group(patches: Array, w: Array, groups: int, options: dict[str, Any]) ->
         patch = patches[..., g * inputs : (g + 1) * inputs]
         flat = patch.reshape(*patch.shape[:-2], -1)
         local = {k: v[mine] if np.shape(v) == (w.shape[-1],) else v for k, v in options.items()}
-        out.append(yat(flat, w[..., mine].reshape(-1, outputs), **local))
+        out.append(of(flat, w[..., mine].reshape(-1, outputs), **local))
     return np.concatenate(out, -1)
 
 
@@ -173,6 +187,7 @@ def yat_conv_transpose(
     padding: Padding = "SAME",
     kernel_dilation: int | Sequence[int] = 1,
     transpose_kernel: bool = False,
+    of: Callable[..., Array] = yat,
     **options: Any,
 ) -> Array:
     """`yat` of every patch of x with strides − 1 zeros put between its entries; the zeros are entries of the patch.
@@ -203,7 +218,7 @@ def yat_conv_transpose(
         raise ValueError(f"unknown padding {padding!r}")
     else:
         pads = _pairs(_each(padding, n) if isinstance(padding, int) else padding)
-    return _by_group(_patches(_pad(x, pads), w.shape[:-2], (1,) * n, dilation), w, 1, options)
+    return _by_group(of, _patches(_pad(x, pads), w.shape[:-2], (1,) * n, dilation), w, 1, options)
 
 
 def _transpose_pads(extent: int, stride: int, same: bool) -> tuple[int, int]:

@@ -24,7 +24,8 @@ class KernelOptions(TypedDict, total=False):
     weight_normalized: bool
     """Use unit columns, w/‖w‖."""
     drop_rate: float
-    """DropConnect: each entry of the kernel is 0 with this probability, in calls that pass a `key`."""
+    """DropConnect, in calls that pass a `key`: each entry of the kernel is 0 with this probability p, the others are
+    divided by 1 − p (Wan et al., 2013), before any normalisation."""
     freeze_kernel: bool
     """Keep the kernel as a `FrozenParam`, which is not trained."""
     kernel_bank: "KernelBank | None"
@@ -103,7 +104,8 @@ class Prototypes(nnx.Module):
         """Return the kernel as the ⵟ-product takes it: entries dropped if there is a key, normalised, in `dtype`."""
         kernel = self.raw_kernel()
         if key is not None and self.drop_rate:
-            kernel = jnp.where(jax.random.bernoulli(key, 1.0 - self.drop_rate, kernel.shape), kernel, 0.0)
+            keep = 1.0 - self.drop_rate
+            kernel = jnp.where(jax.random.bernoulli(key, keep, kernel.shape), kernel / keep, 0.0)
         if self.weight_normalized:
             kernel = unit(kernel, tuple(range(kernel.ndim - 1)))
         return kernel.astype(dtype)

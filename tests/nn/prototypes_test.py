@@ -74,7 +74,7 @@ def test_dropconnect_masks_entries_only_with_a_key():
     np.testing.assert_array_equal(once, again)
     dropped = np.asarray(once == 0)
     assert 0.25 < dropped.mean() < 0.35
-    np.testing.assert_array_equal(np.asarray(once)[~dropped], np.asarray(whole)[~dropped])
+    np.testing.assert_allclose(np.asarray(once)[~dropped], np.asarray(whole)[~dropped] / 0.7, rtol=1e-6)
     assert (np.asarray(layer.prototypes(jax.random.key(1), "float32") == 0) != dropped).any()
 
 
