@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.kernels.attention import IMPLS, DotScore, Score, YatScore, attention
+from aether.kernels.attention import DotScore, Score, YatScore, attention
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.rope import rotate
@@ -95,7 +95,6 @@ class Attention(nnx.Module):
         qkv_features, num_kv_heads = qkv_features or in_features, num_kv_heads or num_heads
         out_features, in_kv_features = out_features or in_features, in_kv_features or in_features
         _check_heads(qkv_features, num_heads, num_kv_heads, rope_theta)
-        _check_form(window, impl, block)
         width = qkv_features // num_heads
 
         def linear(fan_in: int, fan_out: int, std: float | None, axes: tuple[str, str]) -> Linear:
@@ -150,13 +149,13 @@ class Attention(nnx.Module):
         Raises:
           ValueError: shapes do not fit, cross attention is to be causal, or a cache comes with segments or context.
         """
-        self._check_call(context, is_causal, segments, cache)
+        self._check_call(x, context, is_causal, segments, cache)
         q, k, v = self._project(x, x if context is None else context, positions, cache)
         if cache is not None:
             at = (0, cache.length, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), at)
             v = jax.lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), at)
-        of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
+        of_queries, of_keys = _pair(segments)
         structure = Mask(
             causal=is_causal or cache is not None,
             window=self.window,
@@ -181,29 +180,54 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Return queries (b, t, h, k), and keys and values (b, s, g, k), the first two prepared."""
         x, source = operand(x, self.in_features, self.dtype), operand(source, self.in_kv_features, self.dtype)
-        if x.ndim != 3 or source.ndim != 3:
-            raise ValueError(f"x is {x.shape} and context {source.shape}; they must be (b, t, d) and (b, s, d).")
-        q, k, v = (
-            f(a).reshape(*a.shape[:2], -1, self.head_features)
-            for f, a in ((self.query, x), (self.key, source), (self.value, source))
-        )
+        q, k, v = self.query(x), self.key(source), self.value(source)
+        q, k, v = (a.reshape(*a.shape[:2], -1, self.head_features) for a in (q, k, v))
         if self.rope_theta is not None:
             start = 0 if cache is None else cache.length
-            pair = positions if isinstance(positions, tuple) else (positions, positions)
+            of_queries, of_keys = _pair(positions)
             q, k = (
-                rotate(a, start + jnp.arange(a.shape[1])[None] if p is None else p, self.rope_theta)
-                for a, p in zip((q, k), pair, strict=True)
+                rotate(a, start + jnp.arange(a.shape[1])[None] if p is None else _fit(p, a), self.rope_theta)
+                for a, p in ((q, of_queries), (k, of_keys))
             )
         return self.prepare(q), self.prepare(k), v
 
-    def _check_call(self, context, is_causal, segments, cache):
+    def _check_call(
+        self, x: Array, context: Array | None, is_causal: bool, segments: Array | Pair | None, cache: KVCache | None
+    ) -> None:
+        source = x if context is None else context
+        wanted = (self.in_features, x.shape[0], self.in_kv_features)
+        if x.ndim != 3 or source.ndim != 3 or (x.shape[-1], source.shape[0], source.shape[-1]) != wanted:
+            raise ValueError(
+                f"x is {x.shape} and what keys come from {source.shape}; "
+                f"they must be (b, t, {self.in_features}) and (b, s, {self.in_kv_features})."
+            )
         if context is not None and (is_causal or self.window is not None or cache is not None):
             raise ValueError(
                 f"context is given with is_causal={is_causal}, window={self.window} and cache={cache is not None}; "
                 "cross attention takes False, None and no cache, since its two sequences share no positions."
             )
-        if cache is not None and segments is not None:
+        if context is not None and segments is not None and not isinstance(segments, tuple):
+            raise ValueError(f"segments is one array {segments.shape}; cross attention takes a pair (b, t), (b, s).")
+        if cache is None:
+            return
+        if segments is not None:
             raise ValueError("segments and cache are both given; a cache holds one document a row, so leave segments.")
+        held, wanted = cache.key.shape, (x.shape[0], self.num_kv_heads, self.head_features)
+        if (held[0], *held[2:]) != wanted or held[1] < x.shape[1]:
+            raise ValueError(
+                f"cache holds {held}; for x {x.shape} it must hold (b, s, g, k) with s ≥ t and b, g, k = {wanted}."
+            )
+
+
+def _pair(arrays: Array | Pair | None) -> tuple[Array | None, Array | None]:
+    """Return what belongs to the queries and to the keys, which one array does to both."""
+    return arrays if isinstance(arrays, tuple) else (arrays, arrays)
+
+
+def _fit(positions: Array, x: Array) -> Array:
+    if positions.shape not in (x.shape[:2], (1, x.shape[1])):
+        raise ValueError(f"positions is {positions.shape}; it must be {x.shape[:2]}, one for each position.")
+    return positions
 
 
 class YatAttentionOptions(AttentionOptions, UnitOptions, total=False):
@@ -267,12 +291,3 @@ def _check_heads(features: int, heads: int, kv_heads: int, rope_theta: float | N
         raise ValueError(f"num_heads is {heads} and num_kv_heads {kv_heads}; the first must be a multiple.")
     if rope_theta is not None and features // heads % 2:
         raise ValueError(f"qkv_features / num_heads is {features // heads}; rotary positions need it to be even.")
-
-
-def _check_form(window: int | None, impl: str, block: int | None) -> None:
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, or None for no window.")
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLS)}.")
-    if block is not None and block < 1:
-        raise ValueError(f"block is {block}; it must be at least 1, or None for a size that fits.")
