@@ -179,10 +179,11 @@ def _state(k: Array, v: Array) -> Array:
 
 def _admit(phi_k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     """Return features and [v, 1] with zeros where the mask is False, and the mask."""
-    admitted = jnp.ones(v.shape[:2], bool) if mask is None else mask
-    here = admitted[..., None, None]
-    ones = jnp.broadcast_to(here, (*v.shape[:-1], 1)).astype(v.dtype)
-    return jnp.where(here, phi_k, 0), jnp.concatenate([jnp.where(here, v, 0), ones], -1), admitted
+    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+    if mask is None:
+        return phi_k, values, jnp.ones(v.shape[:2], bool)
+    here = mask[..., None, None]
+    return jnp.where(here, phi_k, 0), jnp.where(here, values, 0), mask
 
 
 def _chunks(x: Array, chunk: int) -> Array:
@@ -203,6 +204,8 @@ def _counts(admitted: Array, segments: Array) -> Array:
 
 
 def _check(phi_q, phi_k, v, causal, chunk, mask, segments, floor):
+    if phi_q.ndim != 4 or phi_k.ndim != 4:
+        raise ValueError(f"phi_q is {phi_q.shape} and phi_k {phi_k.shape}; they must be (batch, length, heads, features).")
     b, t, h, m = phi_q.shape
     if phi_k.shape[0] != b or phi_k.shape[2:] != (h, m):
         raise ValueError(f"phi_q is {phi_q.shape} and phi_k {phi_k.shape}; they may differ in the length only.")
@@ -215,6 +218,8 @@ def _check(phi_q, phi_k, v, causal, chunk, mask, segments, floor):
             raise ValueError(f"{name} is {value.shape}; it must be {v.shape[:2]}, (batch, keys).")
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask is of dtype {mask.dtype}; it must be of booleans.")
+    if segments is not None and not jnp.issubdtype(segments.dtype, jnp.integer):
+        raise ValueError(f"segments is of dtype {segments.dtype}; it must be of integers.")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1.")
     if not 0 <= floor < float("inf"):
