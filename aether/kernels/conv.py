@@ -58,7 +58,7 @@ def yat_conv(
       strides: of the window; one number for all axes or one for each, as are the dilations.
       padding: "SAME", "VALID", "CAUSAL" (one axis only), "CIRCULAR", "REFLECT", or zeros: a number, one for each axis,
         or (low, high) for each. All as in `flax.nnx.Conv`.
-      input_dilation: put this minus one zeros between the entries of the input.
+      input_dilation: put this minus one zeros between the entries of the input, padded in numbers or "VALID".
       kernel_dilation: leave out this minus one places between the entries of the kernel.
       feature_group_count: groups of outputs that see only their own share of the channels.
       **unit: see `Unit`.
@@ -162,12 +162,12 @@ def yat_windows(
         raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
     groups = window.groups
     dtype = jnp.dtype(dtype or x.dtype)
-    parts = tuple(_grouped(p, groups) for p in (bias, alpha, epsilon))
+    parts = tuple(_grouped(p, groups, w.shape[-1]) for p in (bias, alpha, epsilon))
     patch_square, kernel_square = patch_squares(x, window)[..., None], _kernel_squares(w, groups)
     dot = convolve(window, x, w)
     dot = dot.reshape(*dot.shape[:-1], groups, -1)
     if spherical:
-        dot = cosine(dot, patch_square, kernel_square)
+        dot = cosine(x.dtype, dot, patch_square, kernel_square)
     if distance == "exact":
         y = ratio_of(dot, _distances(x, w, window, spherical), *parts).astype(dtype)
     else:
@@ -177,9 +177,11 @@ def yat_windows(
     return y.reshape(*y.shape[:-2], -1)
 
 
-def _grouped(part: Array | float, groups: int) -> Array:
+def _grouped(part: Array | float, groups: int, outputs: int) -> Array:
     """Return b, α or ε as it goes with outputs (..., groups, out / groups)."""
     part = jnp.asarray(part, jnp.float32)
+    if part.shape not in ((), (1,), (outputs,)):
+        raise ValueError(f"bias, alpha or epsilon is {part.shape}; it must be a number, (1,) or ({outputs},).")
     return part.reshape(groups, -1) if part.size > 1 else part
 
 
@@ -224,17 +226,21 @@ def _convolve_forward(window, x, w):
 
 def _convolve_backward(window, operands, g):
     x, w = operands
-    return jax.vjp(lambda x, w: _convolve(window, x, w, x.dtype), x, w)[1](g.astype(x.dtype))
+    of_x = jax.linear_transpose(lambda x: _convolve(window, x, w, x.dtype), x)
+    of_w = jax.linear_transpose(lambda w: _convolve(window, x, w, x.dtype), w)
+    g = g.astype(x.dtype)
+    return *of_x(g), *of_w(g)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-@jax.custom_vjp
-def cosine(dot: Array, x_square: Array, w_square: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cosine(dtype: jnp.dtype, dot: Array, x_square: Array, w_square: Array) -> Array:
     """Return x·w / (‖x‖ ‖w‖), which is all that its backward pass keeps an output; 0, as its gradient, if either is 0.
 
-    x_square and w_square broadcast to `dot`: (..., 1) and (..., out).
+    x_square and w_square broadcast to `dot`: (..., 1) and (..., out). `dtype` is what the cotangent of `dot` will be
+    rounded to: the gradients along x and w cancel only if those of the lengths are of the same rounded numbers.
     """
     return dot * _inverse_norm(x_square) * _inverse_norm(w_square)
 
@@ -243,20 +249,20 @@ def _inverse_norm(square: Array) -> Array:
     return jnp.where(square > 0, lax.rsqrt(jnp.maximum(square, _TINY)), 0.0)
 
 
-def _cosine_forward(dot, x_square, w_square):
-    cos = cosine(dot, x_square, w_square)
+def _cosine_forward(dtype, dot, x_square, w_square):
+    cos = cosine(dtype, dot, x_square, w_square)
     return cos, (cos, x_square, w_square)
 
 
-def _cosine_backward(residuals, g):
-    cos, *squares = residuals
+def _cosine_backward(dtype, residuals, g):
+    cos, x_square, w_square = residuals
+    g_dot = (g * _inverse_norm(x_square) * _inverse_norm(w_square)).astype(dtype).astype(jnp.float32)
+    lengths = jnp.sqrt(jnp.maximum(x_square, _TINY)) * jnp.sqrt(jnp.maximum(w_square, _TINY))
+    slope = -0.5 * g_dot * (cos * lengths)
 
     def of_square(square, axes):
-        slope = jnp.where(square > _TINY, -0.5 / jnp.maximum(square, _TINY), 0.0)
-        return slope * jnp.sum(g * cos, axes).reshape(square.shape)
+        return jnp.where(square > _TINY, jnp.sum(slope, axes).reshape(square.shape) / jnp.maximum(square, _TINY), 0.0)
 
-    x_square, w_square = squares
-    g_dot = g * _inverse_norm(x_square) * _inverse_norm(w_square)
     return g_dot, of_square(x_square, -1), of_square(w_square, tuple(range(cos.ndim - w_square.ndim)))
 
 

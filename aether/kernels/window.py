@@ -91,11 +91,11 @@ def per_axis(value: Sizes | None, axes: int, name: str) -> tuple[int, ...]:
     return each
 
 
-def check_padding(padding: Padding, axes: int, names: Sequence[str]) -> str | Pads:
+def check_padding(padding: Padding, axes: int, names: Sequence[str], *, dilated: bool = False) -> str | Pads:
     """Return `padding` as one of `names`, or as (low, high) for each of the spatial axes.
 
     Raises:
-      ValueError: it is none of these; "CAUSAL" knows one axis only.
+      ValueError: it is none of these; "CAUSAL" knows one axis only, and a dilated input no name but "VALID".
     """
     form = f"one of {', '.join(names)}, a number, or a number or (low, high) for each of the {axes} spatial axes"
     if isinstance(padding, str):
@@ -103,6 +103,8 @@ def check_padding(padding: Padding, axes: int, names: Sequence[str]) -> str | Pa
             raise ValueError(f"padding is {padding!r}; it must be {form}.")
         if padding == "CAUSAL" and axes != 1:
             raise ValueError(f"padding is 'CAUSAL' with {axes} spatial axes; it is known for one axis only.")
+        if dilated and padding != "VALID":
+            raise ValueError(f"padding is {padding!r} with an input_dilation; give it in numbers, or as 'VALID'.")
         return padding
     each = (padding,) * axes if isinstance(padding, int) else tuple(padding)
     pads = tuple((p, p) if isinstance(p, int) else tuple(p) for p in each)
@@ -121,20 +123,21 @@ def conv_window(
     kernel_dilation: Sizes | None = 1,
     groups: int = 1,
 ) -> tuple[Array, Window]:
-    """Return the window of a convolution over x (b, spatial..., c), and x wrapped, reflected or begun with zeros.
+    """Return the window of a convolution over x (b, spatial..., c), and x wrapped or reflected if `padding` says so.
 
-    As in `flax.nnx.Conv`, named paddings are those of the input before its dilation.
+    As in `flax.nnx.Conv`; an input that is dilated takes its padding in numbers, or "VALID".
     """
     axes = len(shape)
     strides, rate = per_axis(strides, axes, "strides"), per_axis(kernel_dilation, axes, "kernel_dilation")
-    extent, pads = extents(shape, rate), check_padding(padding, axes, CONV_PADDINGS)
-    if pads == "CAUSAL":
-        x = jnp.pad(x, [(0, 0), (extent[0] - 1, 0), (0, 0)])
-    elif pads == "CIRCULAR" or pads == "REFLECT":
+    input_rate = per_axis(input_dilation, axes, "input_dilation")
+    extent = extents(shape, rate)
+    pads = check_padding(padding, axes, CONV_PADDINGS, dilated=max(input_rate) > 1)
+    if pads == "CIRCULAR" or pads == "REFLECT":
         x = _around(x, extent, pads)
+    if pads == "CAUSAL":
+        pads = ((extent[0] - 1, 0),)
     if isinstance(pads, str):
         pads = tuple(lax.padtype_to_pads(x.shape[1:-1], extent, strides, "SAME" if pads == "SAME" else "VALID"))
-    input_rate = per_axis(input_dilation, axes, "input_dilation")
     return _settled(x, Window(shape, strides, pads, input_rate, rate, groups))
 
 

@@ -109,7 +109,7 @@ class YatConv(_Convolution):
       strides: steps of the window; one number, or one for each axis, as are the dilations.
       padding: "SAME", "VALID", "CAUSAL" (one axis only), "CIRCULAR", "REFLECT", or zeros: a number, one for each axis,
         or (low, high) for each.
-      input_dilation: put this minus one zeros between the entries of the input.
+      input_dilation: put this minus one zeros between the entries of the input, padded in numbers or "VALID".
       kernel_dilation: leave out this minus one places between the entries of the window.
       feature_group_count: groups of outputs that see only their own share of the channels.
       spherical: compare the directions of p and w only: both become unit vectors, D = 2 − 2 cos; a zero patch stays 0.
@@ -153,13 +153,13 @@ class YatConv(_Convolution):
         self.init_unit((out_features,), (1,), axes[1:], rngs=rngs, **unit_options(options))
         self.in_features, self.groups = in_features, groups
         self.strides = per_axis(strides, n, "strides")
-        self.padding = check_padding(padding, n, CONV_PADDINGS)
         self.input_dilation = per_axis(input_dilation, n, "input_dilation")
+        self.padding = check_padding(padding, n, CONV_PADDINGS, dilated=max(self.input_dilation) > 1)
         self.kernel_dilation = per_axis(kernel_dilation, n, "kernel_dilation")
         self.spherical, self.distance, self.dtype = spherical, check_distance(distance), dtype
 
     def window(self, x: Array) -> tuple[Array, Window]:
-        """Return the window over x (b, spatial..., in_features), and x wrapped, reflected or begun with zeros."""
+        """Return the window over x (b, spatial..., in_features), and x wrapped or reflected if the padding says so."""
         return conv_window(
             x,
             self.kernel_shape[:-2],
