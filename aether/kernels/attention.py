@@ -117,10 +117,10 @@ def attention(
     Raises:
       ValueError: shapes do not fit one another, the mask does not fit them, or an option is unknown.
     """
-    normalization = (normalization or Normalization()).checked()
-    _check_options(score, normalization, impl, block)
     _check_operands(q, k, v)
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
+    normalization = (normalization or Normalization()).checked(g, h // g)
+    _check_options(score, normalization, impl, block)
     mask = (mask or Mask()).checked(b, g, h // g, t, s)
     q = q.reshape(b, t, g, h // g, -1).transpose(0, 2, 3, 1, 4)
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))

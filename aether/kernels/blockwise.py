@@ -22,9 +22,8 @@ from aether.kernels.yat import product
 
 
 class Plan(NamedTuple):
-    """What is known when a blockwise attention is traced: sizes of a block, how many, and how many keys are real."""
+    """The size of a block, how many there are, and how many keys are real."""
 
-    normalization: Normalization
     rows: int
     columns: int
     row_blocks: int
@@ -36,12 +35,12 @@ def blockwise(q: Array, k: Array, v: Array, score: Any, mask: Mask, normalizatio
     """Attend block by block: the same as `aether.kernels.attention.plain` up to rounding, gradients too."""
     t, s = q.shape[-2], k.shape[-2]
     (rows, row_blocks), (columns, column_blocks) = _even(t, block), _even(s, block)
-    plan = Plan(normalization, rows, columns, row_blocks, column_blocks, s)
+    plan = Plan(rows, columns, row_blocks, column_blocks, s)
     more_t, more_s = rows * row_blocks - t, columns * column_blocks - s
     mask = mask.padded(more_t, more_s)
     q, k, v = _pad(q, more_t), _pad(k, more_s), _pad(v, more_s)
     score = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), score)
-    return _blockwise(plan, q, k, v, score, mask)[..., :t, :]
+    return _blockwise(plan, q, k, v, score, normalization, mask)[..., :t, :]
 
 
 def _even(length: int, block: int) -> tuple[int, int]:
@@ -55,13 +54,11 @@ def _pad(x: Array, n: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(plan, q, k, v, score, mask):
-    return _forward(plan, q, k, v, score, mask)[0]
+def _blockwise(plan, q, k, v, score, n, mask):
+    return _forward(plan, q, k, v, score, n, mask)[0]
 
 
-def _forward(plan, q, k, v, score, mask):
-    n = plan.normalization
-
+def _forward(plan, q, k, v, score, n, mask):
     def one(_, x):
         i, q_i = x
 
@@ -80,16 +77,15 @@ def _forward(plan, q, k, v, score, mask):
 
     _, outputs = jax.lax.scan(one, None, (jnp.arange(plan.row_blocks), _split(plan, q)))
     y, level = (_join(a) for a in outputs)
-    return y, (q, k, v, score, mask, y, level)
+    return y, (q, k, v, score, n, mask, y, level)
 
 
 def _backward(plan, residuals, g):
-    q, k, v, score, mask, y, level = residuals
-    n = plan.normalization
+    q, k, v, score, n, mask, y, level = residuals
+    centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
 
     def one(sums, x):
-        i, q_i, y_i, level_i, g_i = x
-        centre = jnp.sum(g_i.astype(jnp.float32) * y_i.astype(jnp.float32), -1, keepdims=True)
+        i, q_i, level_i, centre_i, g_i = x
 
         def add(j, carry):
             dq, dk, dv, dscore = carry
@@ -98,7 +94,7 @@ def _backward(plan, residuals, g):
             s = n.hide(s, _seen(plan, mask, i, j))
             w = n.weight(s, level_i)
             dw = product("bgrtk,bgsk->bgrts", g_i, v_j)
-            of_q, of_k, of_score = pull(n.slope(s, level_i, w) * (dw - centre))
+            of_q, of_k, of_score = pull(n.slope(s, level_i, w) * (dw - centre_i))
             of_v = product("bgrts,bgrtk->bgsk", w.astype(v.dtype), g_i)
             at = j * plan.columns
             return dq + of_q, _add_at(dk, of_k, at), _add_at(dv, of_v, at), jax.tree.map(jnp.add, dscore, of_score)
@@ -107,9 +103,9 @@ def _backward(plan, residuals, g):
         return tuple(sums), dq.astype(q.dtype)
 
     start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), jax.tree.map(jnp.zeros_like, score))
-    blocks = (jnp.arange(plan.row_blocks), *(_split(plan, a) for a in (q, y, level, g)))
+    blocks = (jnp.arange(plan.row_blocks), *(_split(plan, a) for a in (q, level, centre, g)))
     (dk, dv, dscore), dq = jax.lax.scan(one, start, blocks)
-    return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), dscore, None
+    return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), dscore, n.constant_gradient(level, centre), None
 
 
 _blockwise.defvjp(_forward, _backward)

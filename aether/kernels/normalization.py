@@ -6,7 +6,9 @@ the running maximum is known to do for softmax (Milakov and Gimelshein, 2018, ar
 finite. ε₁ acts as a key of its own with score ε₁^(1/n) and value 0.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +18,19 @@ NORMALIZATIONS = ("softmax", "l1", "softermax")
 _LOW = -1e30  # stands for the maximum of no score
 
 
-class Normalization(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=["constant"], meta_fields=["name", "power"])
+@dataclass(frozen=True)
+class Normalization:
     """softmax eˢ/Σeˢ, L1 s/(Σs + ε₁), or softermax sⁿ/(Σsⁿ + ε₁); the last two take a negative score for 0."""
 
     name: str = "softmax"
     power: float = 1.0
     """n > 0 of softermax."""
-    constant: float = 1e-12
-    """ε₁ > 0 of L1 and softermax."""
+    constant: Array | float = 1e-12
+    """ε₁ > 0 of L1 and softermax; a number, or (h,)."""
 
-    def checked(self) -> "Normalization":
-        """Return self.
+    def checked(self, g: int, r: int) -> Self:
+        """Return it for scores (b, g, r, t, s), with h = g r.
 
         Raises:
           ValueError: an unknown name, or a number out of its range.
@@ -35,9 +39,13 @@ class Normalization(NamedTuple):
             raise ValueError(f"normalization is {self.name!r}; it must be one of {', '.join(NORMALIZATIONS)}.")
         if not 0 < self.power < float("inf") or (self.name != "softermax" and self.power != 1.0):
             raise ValueError(f"power is {self.power} with {self.name}; softermax takes one above 0, the others 1.")
-        if not 0 < self.constant < float("inf"):
-            raise ValueError(f"constant is {self.constant}; it must be a positive finite number.")
-        return self
+        if isinstance(self.constant, float | int):
+            if not 0 < self.constant < float("inf"):
+                raise ValueError(f"constant is {self.constant}; it must be a positive finite number.")
+            return replace(self, constant=jnp.float32(self.constant))
+        if self.constant.shape not in ((), (1,), (g * r,)):
+            raise ValueError(f"constant is {self.constant.shape}; it must be a number or ({g * r},), one a head.")
+        return replace(self, constant=self.constant.reshape(g, r, 1, 1) if self.constant.size > 1 else self.constant)
 
     def weights(self, scores: Array, seen: Array | None) -> Array:
         """Return the weights of whole rows (..., s); `seen` broadcasts to them, None is everything."""
@@ -55,7 +63,8 @@ class Normalization(NamedTuple):
         """Return the level and the sum of a row before its first score."""
         if self.name == "softmax":
             return jnp.full_like(like, _LOW), jnp.zeros_like(like)
-        return jnp.full_like(like, self.constant ** (1.0 / self.power)), jnp.ones_like(like)
+        constant = self.constant if self.power == 1.0 else self.constant ** (1.0 / self.power)
+        return jnp.broadcast_to(constant, like.shape), jnp.ones_like(like)
 
     def hide(self, scores: Array, seen: Array | None) -> Array:
         """Replace scores that are not seen by one whose weight is 0."""
@@ -84,3 +93,12 @@ class Normalization(NamedTuple):
             return weight
         safe = jnp.where(score > 0, score, 1.0)
         return jnp.where(score > 0, (1.0 / level if self.power == 1.0 else self.power * weight / safe), 0.0)
+
+    def constant_gradient(self, level: Array, centre: Array) -> Self:
+        """Return dL/dε₁ in ε₁'s place: −Σ centre / levelⁿ, with centre = Σ dL/do · o of each row (b, g, r, t, 1)."""
+        if self.name == "softmax":
+            return replace(self, constant=jnp.zeros_like(self.constant))
+        gradient = -centre / (level if self.power == 1.0 else level**self.power)
+        shape = jnp.shape(self.constant)
+        axes = (0, 3, 4) if len(shape) > 1 else None
+        return replace(self, constant=jnp.sum(gradient, axes).reshape(shape))

@@ -71,8 +71,6 @@ class Attention(nnx.Module):
       ValueError: heads do not divide what they split, or an option is unknown or out of its range.
     """
 
-    normalization = Normalization()
-
     def __init__(
         self,
         in_features: int,
@@ -117,6 +115,10 @@ class Attention(nnx.Module):
     def score(self) -> Score:
         """Return what compares prepared queries and keys."""
         return DotScore()
+
+    def weighting(self) -> Normalization:
+        """Return what makes weights of the scores."""
+        return Normalization()
 
     def __call__(
         self,
@@ -165,8 +167,8 @@ class Attention(nnx.Module):
             valid=valid,
             dense=mask,
         )
-        options = dict(normalization=self.normalization, impl=self.impl, block=self.block)
-        y = attention(q, k, v, self.score(), mask=structure, **options)  # type: ignore[arg-type]
+        how = dict(normalization=self.weighting(), impl=self.impl, block=self.block)
+        y = attention(q, k, v, self.score(), mask=structure, **how)  # type: ignore[arg-type]
         y = self.out(y.reshape(*x.shape[:2], -1))
         return y, None if cache is None else KVCache(k, v, cache.length + x.shape[1])
 
@@ -270,8 +272,8 @@ class YatAttention(YatUnit, Attention):
         Attention.__init__(self, in_features, num_heads, rngs=rngs, **shared)  # type: ignore[arg-type]
         heads = (num_heads,)
         self.init_unit(heads, heads, ("heads",), rngs=rngs, **of_unit)  # type: ignore[arg-type]
-        constant = self.epsilon if normalization == "l1" else 1e-12
-        self.normalization = Normalization(normalization, power, constant).checked()
+        self.normalization, self.power = normalization, power
+        self.weighting().checked(num_heads, 1)
         self.spherical = spherical
         self.distance = check_distance(distance)
 
@@ -282,6 +284,11 @@ class YatAttention(YatUnit, Attention):
     def score(self) -> Score:
         """Return what compares prepared queries and keys."""
         return YatScore(**self.unit(), spherical=self.spherical, distance=self.distance)
+
+    def weighting(self) -> Normalization:
+        """Return what makes weights of the scores; L1's constant is the unit's ε, as in nmn."""
+        constant = self.unit()["epsilon"] if self.normalization == "l1" else 1e-12
+        return Normalization(self.normalization, self.power, constant)
 
 
 def _check_heads(features: int, heads: int, kv_heads: int, rope_theta: float | None) -> None:

@@ -1,5 +1,6 @@
 """Attention, plain and block by block, against NumPy in float64: values, gradients, causality, rows without keys."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -57,7 +58,8 @@ def yat(spherical=False, **changes):
 
 
 def exact(q, k, v, n, mask, **scores):
-    options = dict(normalization=n.name, power=n.power, l1_epsilon=n.constant)
+    constant = n.constant if np.ndim(n.constant) == 0 else np.reshape(n.constant, (-1, 1, 1))
+    options = dict(normalization=n.name, power=n.power, l1_epsilon=constant)
     return ref.yat_attention(q, k, v, mask=mask, **options, **(UNIT | scores))
 
 
@@ -118,18 +120,19 @@ def test_the_other_scores(rng, impl):
 @pytest.mark.parametrize("n", NORMALIZATIONS, ids=label)
 def test_gradients_of_the_plain_form_by_complex_steps(rng, n):
     q, k, v = (rng.normal(size=size).astype(np.float32) for size in ((1, 3, 2, 2), (1, 4, 1, 2), (1, 4, 1, 2)))
-    parts = [UNIT[name][:2].astype(np.float32) for name in UNIT]
+    parts = [*(UNIT[name][:2].astype(np.float32) for name in UNIT), np.array([0.2, 0.5], np.float32)]
     seen = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]], bool)
     g = rng.normal(size=q.shape).astype(np.float32)
 
-    def f(q, k, v, bias, alpha, epsilon):
-        return exact(q, k, v, n, seen, bias=bias, alpha=alpha, epsilon=epsilon)
+    def f(q, k, v, bias, alpha, epsilon, constant):
+        weighting = replace(n, constant=constant)
+        return exact(q, k, v, weighting, seen, bias=bias, alpha=alpha + 0j, epsilon=epsilon)
 
     @partial(jax.jit, compiler_options=FAST)
     def grads(*args):
         def run(q, k, v, *unit):
-            score = YatScore(*unit, nonnegative_bias=True)
-            return attention(q, k, v, score, mask=Mask(dense=jnp.asarray(seen)), normalization=n)
+            score, weighting = YatScore(*unit[:3], nonnegative_bias=True), replace(n, constant=unit[3])
+            return attention(q, k, v, score, mask=Mask(dense=jnp.asarray(seen)), normalization=weighting)
 
         return jax.vjp(run, *args)[1](jnp.asarray(g))
 
@@ -213,6 +216,11 @@ def test_bad_input_is_named(rng):
         ((q, k, v, yat()), dict(normalization=Normalization("l1", 2.0)), "power is 2.0 with l1"),
         ((q, k, v, yat()), dict(normalization=Normalization("softermax", 0.0)), "power is 0.0 with softermax"),
         ((q, k, v, yat()), dict(normalization=Normalization("l1", constant=0.0)), "constant is 0.0"),
+        (
+            (q, k, v, yat()),
+            dict(normalization=Normalization("l1", constant=jnp.ones(3))),
+            r"constant is \(3,\).*\(4,\)",
+        ),
         ((q, k, v, DotScore()), dict(normalization=Normalization("l1")), "products may be negative"),
         ((q, k[:, :, :1], v, yat()), {}, r"\(2, 7, 4, 6\), \(2, 7, 1, 6\) and \(2, 7, 2, 5\)"),
         ((q[:, :, :3], k, v, yat()), {}, "q's heads, 3, must be a multiple of k's, 2"),

@@ -53,7 +53,7 @@ def exact(layer, x, context=None, mask=None, positions=None, context_positions=N
         at = np.arange(x.shape[1])[None] if positions is None else positions
         q = ref.rotate(q, at, layer.rope_theta)
         k = ref.rotate(k, at if context_positions is None else context_positions, layer.rope_theta)
-    n, unit = layer.normalization, layer.unit()
+    n, unit = layer.weighting(), layer.unit()
     unit = {name: np.float64(unit[name]) for name in ("bias", "alpha", "epsilon")} | dict(spherical=layer.spherical)
     weighing = dict(normalization=n.name, power=n.power, l1_epsilon=n.constant)
     y = ref.yat_attention(q, k, v, mask=mask, **weighing, **unit)
@@ -80,8 +80,11 @@ def test_options_of_the_unit_reach_the_score():
     score = make(use_score_bias=False, constant_alpha=True, spherical=True, distance="exact").score()
     assert (score.bias, score.alpha, score.epsilon, score.spherical) == (0.0, 2**0.5, 0.3, True)
     assert score.distance == "exact" and make(constant_bias=0.5).score().bias == 0.5
-    assert make(normalization="l1").normalization.constant == 0.3
-    assert make(normalization="softermax", power=2.0).normalization[1:] == (2.0, 1e-12)
+    assert make(normalization="l1").weighting().constant == 0.3
+    learned = make(normalization="l1", learnable_epsilon=True)
+    np.testing.assert_array_equal(learned.weighting().constant, learned.unit()["epsilon"])
+    softermax = make(normalization="softermax", power=2.0).weighting()
+    assert (softermax.power, softermax.constant) == (2.0, 1e-12)
 
 
 def test_kernels_start_at_one_over_the_root_of_their_inputs():
