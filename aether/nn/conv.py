@@ -90,9 +90,8 @@ class _Convolution(YatUnit, Prototypes):
         return jnp.moveaxis(patches, 2, 0).reshape(self.groups, len(patches), -1)
 
     def _sizes(self, kernel_size: Sizes) -> tuple[int, ...]:
-        if self.spatial is None:
-            return per_axis(kernel_size, 1 if isinstance(kernel_size, int) else len(kernel_size), "kernel_size")
-        return per_axis(kernel_size, self.spatial, "kernel_size")
+        axes = self.spatial or (1 if isinstance(kernel_size, int) else max(len(kernel_size), 1))
+        return per_axis(kernel_size, axes, "kernel_size")
 
 
 class YatConv(_Convolution):
