@@ -8,7 +8,8 @@ Starting values. For inputs of unit variance prototypes are as long as the input
 α = ½, ε = 1: then y ≈ (g + 1)²/4 with g ~ N(0, 1), ½ on average at any width d. Unit vectors (`spherical`) have b = 1,
 α = 1, ε = 0.1. Hidden states have entries of about ½ or less: their prototypes are orthogonal, of length √h/2, with
 b = √h/4, α = 2, ε = 1, which is ½ both at a zero state and on average. Sums start near 1, where a sigmoid is ½ and a
-soft tanh 0. The bias for the forget gate is three times as large, so that it starts near ¾.
+soft tanh 0. For the gate that keeps the state, the LSTM's f and the GRU's z, the bias for the input is five times as
+large: it starts near 0.88, without which neither cell learned to remember a token over 30 steps (in 600 of Adam).
 """
 
 import math
@@ -154,7 +155,7 @@ class YatGRUCell(YatCell):
     of `nnx.GRUCell` (arXiv 1406.1078).
     """
 
-    boosts = (1.0, 1.0, 1.0)
+    boosts = (1.0, 5.0, 1.0)
 
     def advance(self, carry: Array, mapped: Array) -> tuple[Array, Array]:
         """Take one step with the responses to the input; see `YatCell.advance`."""
@@ -173,7 +174,7 @@ class YatLSTMCell(YatCell):
     exponentially, so that a full cell still learns.
     """
 
-    boosts = (1.0, 3.0, 1.0, 1.0)
+    boosts = (1.0, 5.0, 1.0, 1.0)
 
     def initialize_carry(
         self,

@@ -122,9 +122,9 @@ def test_starts_at_order_one_with_finite_gradients_over_200_steps(rng, kind):
     grads, ys, of_x, of_h = run(params, xs)
     assert all(jnp.isfinite(g).all() and jnp.abs(g).max() < 30 for g in jax.tree.leaves(grads))
     assert all((g != 0).any() for g in jax.tree.leaves(grads))
-    assert 0.05 < ys.std() < 0.6 and jnp.abs(ys).max() <= 1
+    assert 0.03 < ys.std() < 0.6 and jnp.abs(ys).max() <= 1
     for gate in jnp.split(of_x + of_h, GATES[kind], -1):
-        assert 0.5 < gate.mean() < 5 and 0.3 < jnp.median(gate)
+        assert 0.5 < gate.mean() < 10 and 0.3 < jnp.median(gate)
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -181,7 +181,7 @@ def test_parameters_and_options():
         ("dense_i", "kernel"): (4, 18),
     }
     lstm = make(YatLSTMCell).dense_i.unit()
-    np.testing.assert_allclose(lstm["bias"].reshape(4, 6) / 2.0, np.array([[1], [3], [1], [1]]) * np.ones((4, 6)), 1e-5)
+    np.testing.assert_allclose(lstm["bias"].reshape(4, 6) / 2.0, np.array([[1], [5], [1], [1]]) * np.ones((4, 6)), 1e-5)
     assert (lstm["alpha"], lstm["epsilon"], lstm["nonnegative_bias"]) == (0.5, 1.0, True)
     learned = make(YatLSTMCell, use_alpha=True, learnable_epsilon=True, epsilon=0.25, scalar_bias=True)
     assert learned.dense_h.unit()["alpha"] == 2.0 and learned.dense_i.bias[...].shape == (1,)
