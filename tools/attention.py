@@ -26,6 +26,7 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of queries, keys
 
 WIDTH = 64
 SCORES = ("dot", "yat")
+LENGTHS = (2048, 8192)  # of memory; times are of the first
 IMPLS = ("plain", "blockwise")
 
 
@@ -40,17 +41,18 @@ def main(args: flags.FlagValues) -> None:
 def memory(args: flags.FlagValues) -> Iterator[tuple[Any, ...]]:
     """Yield the scratch memory of both forms: what the pass needs beside its arguments and results."""
     for score in SCORES:
-        for length in (2048, 8192):
+        for length in LENGTHS:
             sizes = [
                 compiled(score, impl, length, 1, args).memory_analysis().temp_size_in_bytes / 2**20 for impl in IMPLS
             ]
             yield score, length, *sizes, sizes[0] / sizes[1]
 
 
-def durations(args: flags.FlagValues, length: int = 2048) -> Iterator[tuple[Any, ...]]:
+def durations(args: flags.FlagValues) -> Iterator[tuple[Any, ...]]:
     """Yield the median times of both forms and the median of the pairs' ratios."""
     import jax
 
+    length = LENGTHS[0]
     for score in SCORES:
         forms = [compiled(score, impl, length, args.heads, args) for impl in IMPLS]
         shape = (1, length, args.heads, WIDTH)

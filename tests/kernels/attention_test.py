@@ -207,6 +207,19 @@ def test_extreme_scores_stay_finite(rng, impl):
             np.testing.assert_allclose(y, exact(q, k, v, n, None, **flat), rtol=1e-3, atol=1e-5)
 
 
+def test_negative_scores_count_for_nothing_where_weights_are_not_exponentials(rng):
+    q, k, v = make(rng)
+    below = yat(alpha=UNIT["alpha"] * np.array([1, -1, 1, 1]))
+    for n in NORMALIZATIONS[1:3]:
+        for impl in ("plain", "blockwise"):
+            y = np.asarray(
+                jax.jit(lambda n=n, impl=impl: attention(q, k, v, below, normalization=n, impl=impl, block=3))()
+            )
+            right = exact(q, k, v, n, None)
+            assert (y[:, :, 1] == 0).all()
+            np.testing.assert_allclose(np.delete(y, 1, 2), np.delete(right, 1, 2), atol=1e-5)
+
+
 def test_bad_input_is_named(rng):
     q, k, v = make(rng)
     bad = [

@@ -214,6 +214,16 @@ def test_bfloat16_is_close_to_float32(rng):
     assert np.linalg.norm(near.astype(jnp.float32) - right) < 2e-2 * np.linalg.norm(right)
 
 
+@pytest.mark.parametrize("normalization", ["softmax", "l1", "softermax"])
+def test_a_zero_input_has_finite_gradients(normalization):
+    """Queries and keys are zero vectors, whose direction is not defined."""
+    layer = make(spherical=True, use_bias=False, normalization=normalization, learnable_epsilon=True)
+    graph, params = nnx.split(layer)
+    loss = lambda p, x: jnp.sum(nnx.merge(graph, p)(x, is_causal=True)[0] ** 2)  # noqa: E731
+    grads = jax.jit(jax.grad(loss, (0, 1)), compiler_options=FAST)(params, jnp.zeros((1, T, D)).at[0, 2].set(1.0))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
 BAD_OPTIONS = [
     (dict(heads=3), "qkv_features is 8 and num_heads 3"),
     (dict(num_kv_heads=3), "num_heads is 4 and num_kv_heads 3"),
