@@ -22,8 +22,8 @@ class YatEmbed(YatUnit):
       num_embeddings: rows.
       features: width of a row.
       spherical: `attend` compares directions only, D = 2 − 2 cos; rows that are looked up keep their lengths.
-      weight_normalized: rows are unit vectors at every use, when looked up too. (nmn makes them unit vectors once, when
-        they are created, so that they are not after the first training step.)
+      weight_normalized: `attend` compares with unit rows; those that are looked up keep their lengths. (nmn makes rows
+        unit vectors once, when they are created, so that they are not after the first training step.)
       distance: "expanded" or "exact", as in `YatNMN`.
       embedding_init: of `jax.nn.initializers`; by default N(0, 1/features): rows start near unit length.
       axes: logical names of the table's two axes.
@@ -70,8 +70,7 @@ class YatEmbed(YatUnit):
         """
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids are {ids.dtype}; they must be integers, such as int32.")
-        rows = jnp.take(self.embedding[...], ids, axis=0)
-        return (unit(rows) if self.weight_normalized else rows).astype(self.dtype)
+        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
 
     def attend(self, q: Array) -> Array:
         """Return the response of every row to q (..., features), (..., num_embeddings), in the compute dtype.
@@ -86,10 +85,7 @@ class YatEmbed(YatUnit):
             raise ValueError(f"q is {q.shape} and features is {features}; the last axis of q must be features wide.")
         if not jnp.issubdtype(q.dtype, jnp.floating):
             raise ValueError(f"q is {q.dtype}; cast it to a floating dtype such as {self.dtype}.")
-        table = self.embedding[...]
-        if self.weight_normalized:
-            table = unit(table)
+        table = (unit(self.embedding[...]) if self.weight_normalized else self.embedding[...]).astype(self.dtype)
         rows = (q[None] if q.ndim == 1 else q).astype(self.dtype)
-        table = table.astype(self.dtype)
         y = yat(rows, table, spherical=self.spherical, distance=self.distance, transposed=True, **self.unit())
         return y[0] if q.ndim == 1 else y
