@@ -4,6 +4,7 @@ python -m tools.bench --what=loop      the training loop against the bare jitted
 python -m tools.bench --what=startup   from the command to the first step of the quickstart, cold and warm
 python -m tools.bench --what=reader    tokens a second of the data reader alone
 python -m tools.bench --what=decode    decoding with the key/value cache against recomputing
+python -m tools.bench --what=layers    each ⵟ layer against the usual one: operations, bytes kept for backward, time
 """
 
 import json
@@ -22,9 +23,12 @@ from absl import flags
 
 from launch import cli
 from launch.overrides import make_config
+from tools import bench_layers
 
 FLAGS = cli.new_flags()
-flags.DEFINE_enum("what", "loop", ["loop", "startup", "reader", "decode"], "what to measure", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "what", "loop", ["loop", "startup", "reader", "decode", "layers"], "what to measure", flag_values=FLAGS
+)
 flags.DEFINE_integer("rounds", 5, "interleaved pairs", flag_values=FLAGS, lower_bound=1)
 flags.DEFINE_integer("steps", 100, "training steps a round (loop)", flag_values=FLAGS, lower_bound=20)
 
@@ -32,7 +36,11 @@ QUICKSTART = "configs/quickstart.py"
 
 
 def main(args: flags.FlagValues) -> None:
-    """Measure one thing and print one JSON line."""
+    """Measure one thing and print one JSON line, with `layers` one for each layer."""
+    if args.what == "layers":
+        for row in bench_layers.rows(args.rounds):
+            print(json.dumps(row), flush=True)
+        return
     measure: dict[str, Callable[[Any], dict[str, Any]]] = dict(loop=loop, startup=startup, reader=reader, decode=decode)
     print(json.dumps(measure[args.what](args)), flush=True)
 
