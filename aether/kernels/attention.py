@@ -119,7 +119,7 @@ def attention(
     """
     _check_operands(q, k, v)
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
-    normalization = (normalization or Normalization()).checked(g, h // g)
+    normalization = (normalization or Normalization()).checked().by_head(g, h // g)
     _check_options(score, normalization, impl, block)
     mask = (mask or Mask()).checked(b, g, h // g, t, s)
     q = q.reshape(b, t, g, h // g, -1).transpose(0, 2, 3, 1, 4)

@@ -29,8 +29,8 @@ class Normalization:
     constant: Array | float = 1e-12
     """ε₁ > 0 of L1 and softermax; a number, or (h,)."""
 
-    def checked(self, g: int, r: int) -> Self:
-        """Return it for scores (b, g, r, t, s), with h = g r.
+    def checked(self) -> Self:
+        """Return it.
 
         Raises:
           ValueError: an unknown name, or a number out of its range.
@@ -39,13 +39,20 @@ class Normalization:
             raise ValueError(f"normalization is {self.name!r}; it must be one of {', '.join(NORMALIZATIONS)}.")
         if not 0 < self.power < float("inf") or (self.name != "softermax" and self.power != 1.0):
             raise ValueError(f"power is {self.power} with {self.name}; softermax takes one above 0, the others 1.")
-        if isinstance(self.constant, float | int):
-            if not 0 < self.constant < float("inf"):
-                raise ValueError(f"constant is {self.constant}; it must be a positive finite number.")
-            return replace(self, constant=jnp.float32(self.constant))
-        if self.constant.shape not in ((), (1,), (g * r,)):
-            raise ValueError(f"constant is {self.constant.shape}; it must be a number or ({g * r},), one a head.")
-        return replace(self, constant=self.constant.reshape(g, r, 1, 1) if self.constant.size > 1 else self.constant)
+        if isinstance(self.constant, float | int) and not 0 < self.constant < float("inf"):
+            raise ValueError(f"constant is {self.constant}; it must be a positive finite number.")
+        return self
+
+    def by_head(self, g: int, r: int) -> Self:
+        """Return it for scores (b, g, r, t, s), with h = g r.
+
+        Raises:
+          ValueError: the constant is neither one nor `h` numbers.
+        """
+        constant = jnp.asarray(self.constant, jnp.float32)
+        if constant.shape not in ((), (1,), (g * r,)):
+            raise ValueError(f"constant is {constant.shape}; it must be a number or ({g * r},), one a head.")
+        return replace(self, constant=constant.reshape(g, r, 1, 1) if constant.size > 1 else constant)
 
     def weights(self, scores: Array, seen: Array | None) -> Array:
         """Return the weights of whole rows (..., s); `seen` broadcasts to them, None is everything."""

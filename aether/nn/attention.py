@@ -273,7 +273,7 @@ class YatAttention(YatUnit, Attention):
         heads = (num_heads,)
         self.init_unit(heads, heads, ("heads",), rngs=rngs, **of_unit)  # type: ignore[arg-type]
         self.normalization, self.power = normalization, power
-        self.weighting().checked(num_heads, 1)
+        self.weighting().checked()
         self.spherical = spherical
         self.distance = check_distance(distance)
 
