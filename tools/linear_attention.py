@@ -4,8 +4,9 @@ python -m tools.linear_attention --what=features   data-independent features aga
 python -m tools.linear_attention --what=fitted     anchors fitted on other data, b = 1, ε = 0.1
 python -m tools.linear_attention --what=time       time per token of the causal form, 2 k to 64 k tokens
 
-A score is the cosine of the approximate and the exact outputs Σκv/Σκ as whole arrays, in float64: head width 64, length
-1024, queries and keys uniform on the sphere ("random") or in 16 clusters with the within-cluster cosine named, v ~ N(0, 1).
+A score is the cosine of the approximate and the exact outputs Σκv/Σκ as whole arrays, in float64: head width 64,
+length 1024, v ~ N(0, 1), queries and keys uniform on the sphere ("random") or in 16 clusters with the within-cluster
+cosine named.
 """
 
 import dataclasses
@@ -62,8 +63,8 @@ def _cell(value: Any) -> str:
 def features(args: flags.FlagValues) -> Iterator[Row]:
     """Yield a row for each b, ε and clustering: mean and standard error of the scores.
 
-    "taylor" is the expectation over its rare tail: (1 − p)·(a draw without) + p·(a draw with it), each measured. "cut" is
-    without a tail, "waves" has no rare draw: half of its features are the tail in every draw.
+    "taylor" is the expectation over its rare tail: (1 − p)·(a draw without) + p·(a draw with it), each measured. "cut"
+    is without a tail (biased), "waves" has no rare draw: half of its features are the tail in every draw.
     """
     import jax
 
@@ -85,6 +86,7 @@ def features(args: flags.FlagValues) -> Iterator[Row]:
                 maps["waves"] = taylor(key, WIDTH, m, tail_probability=1.0, tail_features=m // 2, **kernel)
                 for name, score in dict(uniform=judge.uniform(), **{n: judge(f) for n, f in maps.items()}).items():
                     scores.setdefault(name, []).append(score)
+            print(f"b = {bias}, ε = {epsilon}, within {cosine}", file=sys.stderr, flush=True)
             yield dict(b=bias, ε=epsilon, within=cosine or "random", **_columns(scores))
 
 
@@ -116,22 +118,23 @@ def fitted(args: flags.FlagValues) -> Iterator[Row]:
                     others = clustered(rng, centres, cosine, 8192)
                     anchors = fit(jax.random.key(seed), others.astype(np.float32), num_anchors=m - 1 - WIDTH)
                     scores[name].append(judge(anchored(anchors, **kernel)))
+            print(f"{m} features, within {cosine}", file=sys.stderr, flush=True)
             yield dict(within=cosine or "random", features=m, **{k: _summary(v) for k, v in scores.items()})
 
 
 def times(args: flags.FlagValues) -> Iterator[Row]:
-    """Yield the median time per token at each length: features and causal sums, one head, `Taylor` with 512 features."""
+    """Yield the median time per token at each length: features and causal sums, one head, 512 of `Taylor`."""
     import jax
     import jax.numpy as jnp
 
     from aether.kernels.features import taylor
-    from aether.kernels.linear_attention import linear_attention
+    from aether.kernels.linear_attention import init_state, stream
 
     phi = taylor(jax.random.key(0), WIDTH, 512, bias=1.0, epsilon=0.1)
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return linear_attention(phi(q), phi(k), v, causal=True, floor=phi.floor)
+        return stream(phi, init_state(1, 1, 512, WIDTH), q, k, v, floor=phi.floor)[0]
 
     rng = np.random.default_rng(0)
     inputs = {n: [jnp.asarray(draw(rng, n, WIDTH)[None, :, None], jnp.float32) for _ in range(3)] for n in LENGTHS}

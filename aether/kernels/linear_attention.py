@@ -11,6 +11,7 @@ so that the backward pass keeps only the operands and no states. Linear attentio
 Axes: b batch, t query, s key, h heads, m features, k head width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -66,6 +67,53 @@ def step(
     after = before + _state(phi_k, values)
     y = divide(sums[..., :-1], sums[..., -1], count[..., None], floor).astype(v.dtype)
     return y, LinearState(after[..., :-1], after[..., -1], count[:, -1])
+
+
+def stream(
+    phi: Callable[[Array], Array],
+    state: LinearState,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    block: int = 1024,
+    chunk: int = 128,
+    mask: Array | None = None,
+    floor: float = 0.0,
+) -> tuple[Array, LinearState]:
+    """Do `step` by blocks with φ inside, so that the features of no more than `block` positions exist at a time.
+
+    Args:
+      phi: maps (b, t, h, k) to (b, t, h, m); the backward pass computes it anew.
+      state: of the positions before; `init_state` at the start.
+      q: (b, t, h, k) unit vectors.
+      k: (b, t, h, k) unit vectors.
+      v: (b, t, h, width).
+      block: positions at a time.
+      chunk: as in `linear_attention`, as are the next two.
+      mask: (b, t).
+      floor: smallest mean weight.
+
+    Returns:
+      (b, t, h, width) in v's dtype, and the state with these positions in it.
+    """
+    if block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1.")
+    if mask is not None and mask.shape != v.shape[:2]:
+        raise ValueError(f"mask is {mask.shape}; it must be {v.shape[:2]}, (batch, keys).")
+    b, t = v.shape[:2]
+    if t <= block:
+        return step(state, phi(q), phi(k), v, chunk=chunk, mask=mask, floor=floor)
+    mask = jnp.ones((b, t), bool) if mask is None else mask
+
+    @jax.checkpoint
+    def one(state: LinearState, parts: tuple[Array, ...]) -> tuple[LinearState, Array]:
+        q, k, v, mask = parts
+        y, state = step(state, phi(q), phi(k), v, chunk=chunk, mask=mask, floor=floor)
+        return state, y
+
+    state, y = jax.lax.scan(one, state, tuple(_chunks(x, block) for x in (q, k, v, mask)))
+    return jnp.moveaxis(y, 0, 1).reshape(b, -1, *v.shape[2:])[:, :t], state
 
 
 def linear_attention(
@@ -205,7 +253,9 @@ def _counts(admitted: Array, segments: Array) -> Array:
 
 def _check(phi_q, phi_k, v, causal, chunk, mask, segments, floor):
     if phi_q.ndim != 4 or phi_k.ndim != 4:
-        raise ValueError(f"phi_q is {phi_q.shape} and phi_k {phi_k.shape}; they must be (batch, length, heads, features).")
+        raise ValueError(
+            f"phi_q is {phi_q.shape} and phi_k {phi_k.shape}; they must be (batch, length, heads, features)."
+        )
     b, t, h, m = phi_q.shape
     if phi_k.shape[0] != b or phi_k.shape[2:] != (h, m):
         raise ValueError(f"phi_q is {phi_q.shape} and phi_k {phi_k.shape}; they may differ in the length only.")

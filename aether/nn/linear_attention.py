@@ -1,5 +1,6 @@
 """Self-attention by the spherical ⵟ-kernel, normalised by its sum, in time linear in the length."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from aether.kernels import features as maps
-from aether.kernels.linear_attention import LinearState, init_state, linear_attention, step
+from aether.kernels.linear_attention import LinearState, init_state, linear_attention, stream
 from aether.kernels.rope import rotate
 from aether.kernels.yat import unit
 from aether.nn.linear import Linear
@@ -42,6 +43,7 @@ class YatLinearAttention(nnx.Module):
       rope_theta: base of the rotary wavelengths; None for no rotation.
       std: standard deviation of the four initial kernels; 1/√in_features by default.
       use_bias: biases in the four linear maps.
+      block: positions whose features exist at a time (causal, without segments).
       chunk: positions that are multiplied out at a time.
       feature_seed: of random features.
       dtype: compute dtype.
@@ -64,6 +66,7 @@ class YatLinearAttention(nnx.Module):
         rope_theta: float | None = None,
         std: float | None = None,
         use_bias: bool = True,
+        block: int = 1024,
         chunk: int = 128,
         feature_seed: int = 0,
         dtype: str = "float32",
@@ -76,8 +79,8 @@ class YatLinearAttention(nnx.Module):
         width = in_features // num_heads
         if rope_theta is not None and width % 2:
             raise ValueError(f"rope_theta is {rope_theta} and the head width {width}; rotation needs an even width.")
-        if chunk < 1:
-            raise ValueError(f"chunk is {chunk}; it must be at least 1.")
+        if min(block, chunk) < 1:
+            raise ValueError(f"block is {block} and chunk {chunk}; both must be at least 1.")
         if tail_probability and features != "taylor":
             raise ValueError(
                 f"tail_probability is {tail_probability}, features {features!r}; only 'taylor' has a tail."
@@ -98,7 +101,8 @@ class YatLinearAttention(nnx.Module):
         self.query, self.key, self.value = (linear(("embed", "heads")) for _ in range(3))
         self.out = linear(("heads", "embed"))
         self.num_heads, self.num_features, self.width = num_heads, num_features, width
-        self.rope_theta, self.chunk, self.feature_seed, self.dtype = rope_theta, chunk, feature_seed, dtype
+        self.rope_theta, self.feature_seed, self.dtype = rope_theta, feature_seed, dtype
+        self.block, self.chunk = block, chunk
 
     def __call__(
         self,
@@ -129,12 +133,22 @@ class YatLinearAttention(nnx.Module):
             raise ValueError("positions is None with a cache and rope_theta; give the positions of x, (batch, length).")
         q, k = self.prepare(x, positions)
         v = self.value(x).reshape(q.shape)
-        phi, floor = self.features(jnp.stack([q, k]))
-        shared: dict[str, Any] = dict(chunk=self.chunk, mask=mask, floor=floor)
-        if cache is not None:
-            y, cache = step(cache, phi[0], phi[1], v, **shared)
+        phi, floor = self.feature_map()
+        if segments is None and is_causal:
+            start = self.init_cache(len(x)) if cache is None else cache
+            y, end = stream(phi, start, q, k, v, block=self.block, chunk=self.chunk, mask=mask, floor=floor)
+            cache = None if cache is None else end
         else:
-            y = linear_attention(phi[0], phi[1], v, causal=is_causal, segments=segments, **shared)
+            y = linear_attention(
+                phi(q),
+                phi(k),
+                v,
+                causal=is_causal,
+                chunk=self.chunk,
+                mask=mask,
+                segments=segments,
+                floor=floor,
+            )
         return self.out(y.reshape(x.shape)), cache
 
     def prepare(self, x: Array, positions: Array | None = None) -> tuple[Array, Array]:
@@ -148,8 +162,8 @@ class YatLinearAttention(nnx.Module):
             q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
         return unit(q), unit(k)
 
-    def features(self, x: Array) -> tuple[Array, float]:
-        """Return the features (..., h, m) of unit vectors (..., h, k), and the smallest mean weight to divide by."""
+    def feature_map(self) -> tuple[Callable[[Array], Array], float]:
+        """Return the map of unit vectors (..., h, k) to (..., h, m), and the smallest mean weight to divide by."""
         heads: Any
         if self.anchors is not None:
             heads = maps.Anchored(self.anchors[...], **dict(self.options))
@@ -157,8 +171,11 @@ class YatLinearAttention(nnx.Module):
             with jax.ensure_compile_time_eval():
                 heads = _draw(self.kind, self.width, self.num_features, self.options, self.feature_seed, self.num_heads)
             heads = jax.device_get(heads)
-        phi = jax.vmap(lambda head, x: head(x), (0, -2), -2)(heads, x)
-        return phi.astype(self.dtype), heads.floor
+
+        def phi(x: Array) -> Array:
+            return jax.vmap(lambda head, x: head(x), (0, -2), -2)(heads, x).astype(self.dtype)
+
+        return phi, heads.floor
 
     def fit(self, x: Array, key: Array, positions: Array | None = None) -> None:
         """Set the anchors of each head to k-means centres of the queries and keys of x (b, t, in_features).

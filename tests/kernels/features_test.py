@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from aether.kernels.features import anchored, check, coefficients, fit_anchors, 
 
 B, E, D = 0.5, 1.0, 8
 OPTIONS = dict(bias=B, epsilon=E)
+FAST = {"xla_backend_optimization_level": 0}  # less to compile
 
 
 def kappa(s, bias=B, epsilon=E):
@@ -34,18 +36,25 @@ def x(rng):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
+@jax.jit
+def mapped(phi, x):
+    return phi(x)
+
+
 def gram(x):
     return np.asarray(x, np.float64) @ np.asarray(x, np.float64).T
 
 
-def mean_of_draws(make, x, count=3000):
+def mean_of_draws(make, x, count=1500):
     """Return mean and standard error of φ(x)·φ(x)ᵀ over draws of the features."""
 
     def one(key):
         phi = make(key)(x)
         return phi @ phi.T
 
-    grams = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), count)), np.float64)
+    grams = np.asarray(
+        jax.jit(jax.vmap(one), compiler_options=FAST)(jax.random.split(jax.random.key(0), count)), np.float64
+    )
     return grams.mean(0), grams.std(0) / count**0.5
 
 
@@ -62,27 +71,26 @@ def test_kernel_and_its_series():
 
 def test_taylor_with_all_products_is_exact_to_degree_two(x):
     phi = taylor(jax.random.key(1), D, 1 + D + D * (D + 1) // 2, tail_probability=0.0, **OPTIONS)
-    features = np.asarray(jax.jit(phi)(x), np.float64)
+    features = np.asarray(mapped(phi, x), np.float64)
     assert features.shape == (6, 45)
     np.testing.assert_allclose(features @ features.T, cut(gram(x), 2), atol=2e-6)
     assert (features @ features.T).min() > 0
 
 
-@pytest.mark.parametrize("tail", [0.2, 1.0])
-def test_taylor_with_a_tail_is_unbiased(x, tail):
+def test_taylor_with_a_tail_is_unbiased(x):
     def make(key):
-        return taylor(key, D, 35, tail_probability=tail, tail_features=10, **OPTIONS)
+        return taylor(key, D, 35, tail_probability=0.3, tail_features=10, **OPTIONS)
 
     mean, error = mean_of_draws(make, x)
     assert_within(mean, error, kappa(gram(x)))
-    assert error.max() < 0.1  # κ(1) − its part of degree 2 is 0.9
-    assert np.abs(mean - cut(gram(x), 2)).max() > 6 * error.max()
+    assert error.max() < 0.14  # κ(1) − its part of degree 2 is 0.9
+    assert np.abs(mean - cut(gram(x), 2)).max() > 5 * error.max()
 
 
 def test_taylor_without_tail_is_unbiased_for_the_cut_kernel(x):
     mean, error = mean_of_draws(lambda key: taylor(key, D, 30, tail_probability=0.0, **OPTIONS), x)
     assert_within(mean, error, cut(gram(x), 2))
-    assert error.max() < 0.01
+    assert error.max() < 0.015
 
 
 def test_the_tail_comes_with_its_probability():
@@ -101,21 +109,21 @@ def test_slay_has_the_mean_its_docstring_gives_and_is_positive(x):
     t, w = np.polynomial.laguerre.laggauss(2)
     waves = sum(wi / 3 * np.exp(2 * ti / 3 * s) for ti, wi in zip(t, w, strict=True))  # C = 3
     assert_within(mean, error, waves * ((1 + B) ** 2 + 2 * (s + B) ** 2) / 3)
-    features = make(jax.random.key(0))(x)
+    features = jax.jit(lambda x: make(jax.random.key(0))(x), compiler_options=FAST)(x)
     assert features.shape == (6, 32) and float(features.min()) >= 0
 
 
 def test_anchored_is_exact_at_its_anchors_and_to_degree_one(x, rng):
-    here = jax.jit(lambda f, x: f(x))
-    features = np.asarray(here(anchored(3.0 * jnp.asarray(x), **OPTIONS), x), np.float64)
+    features = np.asarray(mapped(anchored(3.0 * jnp.asarray(x), **OPTIONS), x), np.float64)
     np.testing.assert_allclose(features @ features.T, kappa(gram(x)), atol=3e-4)
-    low = np.asarray(here(anchored(jnp.asarray(x), **OPTIONS), x)[:, : 1 + D], np.float64)
+    low = features[:, : 1 + D]
     np.testing.assert_allclose(low @ low.T, cut(gram(x), 1), atol=1e-6)
 
 
 def test_anchored_is_below_the_kernel_by_a_psd_remainder(rng):
     x, z = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (rng.normal(size=(20, D)), rng.normal(size=(5, D))))
-    features = np.asarray(anchored(jnp.asarray(z, jnp.float32), **OPTIONS)(jnp.asarray(x, jnp.float32)), np.float64)
+    phi = anchored(jnp.asarray(z, jnp.float32), **OPTIONS)
+    features = np.asarray(mapped(phi, jnp.asarray(x, jnp.float32)), np.float64)
     missing = kappa(gram(x)) - features @ features.T
     assert np.linalg.eigvalsh(missing).min() > -1e-4
     assert np.trace(missing) > 0.1
@@ -129,7 +137,7 @@ def test_gradients_are_finite_at_zero_and_reach_the_anchors(x):
     ]
     both = jnp.concatenate([jnp.zeros((1, D)), jnp.asarray(x)])
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def gradients(maps, x):
         return [jax.grad(lambda f, x: jnp.sum(jnp.tanh(f(x))), (0, 1), allow_int=True)(f, x) for f in maps]
 
@@ -150,7 +158,7 @@ def test_anchors_find_the_clusters(rng):
 
 
 def test_directions_are_rotations_in_every_orientation():
-    q = np.asarray(haar(jax.random.key(0), 200, 5), np.float64)
+    q = np.asarray(jax.jit(haar, static_argnums=(1, 2))(jax.random.key(0), 200, 5), np.float64)
     np.testing.assert_allclose(q @ q.swapaxes(1, 2), np.broadcast_to(np.eye(5), q.shape), atol=1e-6)
     assert abs(np.mean(q, 0)).max() < 0.15
     assert abs(np.mean(np.linalg.det(q) > 0) - 0.5) < 0.15
@@ -161,6 +169,43 @@ def test_maps_are_pytrees_of_arrays():
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(phi))
     assert phi.floor == pytest.approx(0.1 * (coefficients(B, E, 3)[0] + coefficients(B, E, 3)[2] / D))
     assert dataclasses.replace(phi, strength=jnp.zeros(())).bias == B
+
+
+def test_quality_of_attention_outputs(rng):
+    """A short form of the study: one draw, 512 positions, two rows of its table, with slack."""
+    width, length, options = 64, 512, dict(bias=0.1, epsilon=0.1)
+
+    def outputs(weights, v):
+        return weights @ v / weights.sum(1, keepdims=True)
+
+    maps = jax.jit(
+        lambda key: (
+            slay(key, width, 1024, **options),
+            taylor(key, width, 1024, tail_probability=0.0, **options),
+            taylor(key, width, 2145, tail_probability=0.0, **options),
+        )
+    )(jax.random.key(1))
+    for cosine, least in ((0.0, (0.1, 0.7, 0.9)), (0.7, (0.1, 0.9, 0.9))):
+        centres = rng.normal(size=(8, width)) / 8
+
+        def draw(n, cosine=cosine, centres=centres):
+            x = (1 - cosine) ** 0.5 * rng.normal(size=(n, width)) / 8
+            x += cosine**0.5 * centres[rng.integers(0, 8, n)]
+            return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+        q, k, other, v = draw(length), draw(length), draw(1024), rng.normal(size=(length, 64))
+        anchors = jax.jit(fit_anchors, static_argnums=2)(jax.random.key(2), jnp.asarray(other, jnp.float32), 256)
+        exact = outputs(kappa(q @ k.T, **options), v)
+        scores = []
+        for phi in (*maps, anchored(anchors, **options)):
+            features = np.asarray(mapped(phi, jnp.asarray(np.stack([q, k]), jnp.float32)), np.float64)
+            approximate = outputs(features[0] @ features[1].T, v)
+            scores.append(np.vdot(approximate, exact) / np.linalg.norm(approximate) / np.linalg.norm(exact))
+        uniform = np.vdot(np.tile(v.mean(0), (length, 1)), exact) / np.linalg.norm(exact) / length**0.5
+        uniform /= np.linalg.norm(v.mean(0))
+        assert scores[1] > scores[0] + 0.1 and scores[1] > uniform + 0.1, scores
+        assert all(score > bound for score, bound in zip(scores, least, strict=False)), scores
+        assert scores[3] > (0.6, 0.9)[cosine > 0], scores
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aether.kernels.linear_attention import init_state, linear_attention, step
+from aether.kernels.linear_attention import init_state, linear_attention, step, stream
 from aether.testing import equations
 
 BATCH, LENGTH, HEADS, FEATURES, WIDTH = 2, 23, 2, 5, 3
@@ -11,11 +13,12 @@ MASK = np.ones((BATCH, LENGTH), bool)
 MASK[0, :4] = MASK[1, 9:12] = False
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [3, 13, 7]), np.repeat([7, 4, 9, 2], [8, 1, 8, 6])])
 CASES = [
-    dict(causal=causal, mask=mask, segments=segments)
-    for causal in (True, False)
-    for mask in (None, MASK)
-    for segments in (None, SEGMENTS)
+    dict(causal=True, mask=None, segments=None),
+    dict(causal=True, mask=MASK, segments=SEGMENTS),
+    dict(causal=False, mask=MASK, segments=None),
+    dict(causal=False, mask=MASK, segments=SEGMENTS),
 ]
+FAST = {"xla_backend_optimization_level": 0}  # less to compile
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def quadratic(q, k, v, causal, mask, segments, floor=0.0, xp=np):
 def test_chunks_equal_all_pairs_in_value_and_gradient(operands, rng):
     cotangent = jnp.asarray(rng.normal(size=operands[2].shape), jnp.float32)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def ours(*operands):
         out = []
         for i, case in enumerate(CASES):
@@ -53,7 +56,7 @@ def test_chunks_equal_all_pairs_in_value_and_gradient(operands, rng):
             out.append((y, back(cotangent)))
         return out
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def plain(*operands):
         return [jax.vjp(lambda *o, c=case: quadratic(*o, **c, xp=jnp), *operands)[1](cotangent) for case in CASES]
 
@@ -76,10 +79,12 @@ def test_causal_and_segments_by_gradient(operands):
     q, k, v = operands
     document = jnp.asarray(SEGMENTS)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def reach(k, v):
         def one(i):
-            run = lambda k, v: jnp.sum(jnp.sin(linear_attention(q, k, v, causal=True, chunk=4, segments=document)[:, i]))
+            def run(k, v):
+                return jnp.sum(jnp.sin(linear_attention(q, k, v, causal=True, chunk=4, segments=document)[:, i]))
+
             return [jnp.abs(g).max((2, 3)) for g in jax.grad(run, (0, 1))(k, v)]
 
         return jax.lax.map(one, jnp.arange(LENGTH))
@@ -94,7 +99,7 @@ def test_signed_features_are_kept_from_dividing_by_little(operands):
     q, k, v = operands
     q = q * jnp.asarray([1.0, -1.0])[None, None, :, None]  # the second head's sums are negative
     for floor in (0.0, 0.5, 3.0):
-        y = linear_attention(q, k, v, causal=False, floor=floor)
+        y = jax.jit(partial(linear_attention, causal=False), static_argnames="floor")(q, k, v, floor=floor)
         np.testing.assert_allclose(y, quadratic(*map(np.asarray, (q, k, v)), False, None, None, floor), atol=1e-5)
         assert bool(jnp.all(y[:, :, 1] == 0)) == (floor == 0)
 
@@ -104,16 +109,14 @@ def test_decoding_equals_the_full_pass(operands):
     mask = jnp.asarray(MASK)
     full = jax.jit(lambda: linear_attention(q, k, v, causal=True, chunk=7, mask=mask, floor=1.2))()
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def decode():
         prompt = slice(0, 6)
         state = init_state(BATCH, HEADS, FEATURES, WIDTH)
-        first, state = step(
-            state, q[:, prompt], k[:, prompt], v[:, prompt], chunk=4, mask=mask[:, prompt], floor=1.2
-        )
+        first, state = step(state, q[:, prompt], k[:, prompt], v[:, prompt], chunk=4, mask=mask[:, prompt], floor=1.2)
 
         def one(state, i):
-            at = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, 1)
+            at = partial(jax.lax.dynamic_slice_in_dim, start_index=i, slice_size=1, axis=1)
             y, state = step(state, at(q), at(k), at(v), mask=at(mask), floor=1.2)
             return state, y[:, 0]
 
@@ -131,7 +134,10 @@ def test_memory_is_linear_in_the_length_and_the_state_independent_of_it():
 
     def largest(t):
         shapes = [jax.ShapeDtypeStruct((1, t, 1, n), jnp.float32) for n in (m, m, width)]
-        run = lambda *o: jnp.sum(linear_attention(*o, causal=True, chunk=chunk) ** 2)
+
+        def run(*operands):
+            return jnp.sum(linear_attention(*operands, causal=True, chunk=chunk) ** 2)
+
         jaxpr = jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(*shapes).jaxpr
         return max(v.aval.size for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "size"))
 
@@ -139,11 +145,49 @@ def test_memory_is_linear_in_the_length_and_the_state_independent_of_it():
     assert largest(2048) == 2048 * m  # not length × m × width / chunk either, which the states would be
 
 
+def test_stream_has_features_of_one_block_at_a_time():
+    block, m, width, t = 32, 40, 6, 256
+
+    def run(w, q, k, v):
+        state = init_state(1, 1, m, width)
+        return jnp.sum(stream(lambda x: jnp.exp(x @ w), state, q, k, v, block=block, chunk=8)[0] ** 2)
+
+    shapes = [jax.ShapeDtypeStruct((1, t, 1, width), jnp.float32)] * 3
+    jaxpr = jax.make_jaxpr(jax.grad(run, (0, 1, 2, 3)))(jax.ShapeDtypeStruct((width, m), jnp.float32), *shapes).jaxpr
+    sizes = [v.aval.size for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "size")]
+    assert max(sizes) == t // block * m * width  # the states between the blocks; the features of all are t·m
+
+
+def test_stream_equals_the_whole_in_value_and_gradient(operands):
+    q, k, v = operands
+    mask = jnp.asarray(MASK)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def both(w, q, k, v):
+        def streamed(w, q, k, v):
+            state = init_state(BATCH, HEADS, FEATURES, WIDTH)
+            return stream(lambda x: jnp.exp(x @ w), state, q, k, v, block=8, chunk=4, mask=mask)[0]
+
+        def whole(w, q, k, v):
+            return linear_attention(jnp.exp(q @ w), jnp.exp(k @ w), v, causal=True, mask=mask)
+
+        return [jax.vjp(f, w, q, k, v)[1](jnp.cos(v)) + (f(w, q, k, v),) for f in (streamed, whole)]
+
+    for ours, expected in zip(*both(jnp.eye(FEATURES) / 4, q, k, v), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
 def test_bfloat16_keeps_float32_sums(operands):
     q, k, v = (x.astype(jnp.bfloat16) for x in operands)
-    y, back = jax.vjp(lambda *o: linear_attention(*o, causal=True, chunk=8), q, k, v)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def ours(*operands):
+        y, back = jax.vjp(lambda *o: linear_attention(*o, causal=True, chunk=8), *operands)
+        return y, back(y)
+
+    y, gradients = ours(q, k, v)
     exact = quadratic(*(np.asarray(x, np.float64) for x in (q, k, v)), True, None, None)
-    assert y.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in back(y))
+    assert y.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in gradients)
     assert np.linalg.norm(np.asarray(y, np.float64) - exact) < 4e-3 * np.linalg.norm(exact)
 
 
