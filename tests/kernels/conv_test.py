@@ -66,11 +66,12 @@ def test_the_condition_is_that_of_the_reference(rng):
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_values_and_gradients_are_those_of_the_formula(rng, dtype):
-    inputs = [draw(rng, x, w, options) for _, _, x, w, options in CASES]
+    cases = CASES if dtype == "float32" else CASES[1::2]
+    inputs = [draw(rng, x, w, options) for _, _, x, w, options in cases]
     given = [[jnp.asarray(a, dtype if i < 2 else jnp.float32) for i, a in enumerate(args)] for args in inputs]
     exact = [[np.asarray(a, np.float64) for a in args] for args in given]
     wants, cotangents = [], []
-    for (_, f, _, _, options), args in zip(CASES, exact, strict=True):
+    for (_, f, _, _, options), args in zip(cases, exact, strict=True):
         options = of_formula(options)
         g = lambda x, w, b, a, e, f=f, o=options: f(x, w, bias=b, alpha=a, epsilon=e, **o)  # noqa: E731
         y = g(*args)
@@ -79,14 +80,14 @@ def test_values_and_gradients_are_those_of_the_formula(rng, dtype):
 
     def all_cases(given, cotangents):
         results = []
-        for (f, _, _, _, options), args, g in zip(CASES, given, cotangents, strict=True):
+        for (f, _, _, _, options), args, g in zip(cases, given, cotangents, strict=True):
             apply = lambda x, w, b, a, e, f=f, o=options: f(x, w, bias=b, alpha=a, epsilon=e, **o)  # noqa: E731
             y, back = jax.vjp(apply, *args)
             results.append((y, back(g)))
         return results
 
     found = jax.jit(all_cases, compiler_options=FAST)(given, cotangents)
-    for (_, f, *_, options), args, (y, grads), (want, gradients) in zip(CASES, exact, found, wants, strict=True):
+    for (_, f, *_, options), args, (y, grads), (want, gradients) in zip(cases, exact, found, wants, strict=True):
         bound = BOUNDS[dtype] * condition(f, *args[:2], args[4], of_formula(options))
         case = f"{f.__name__} {options}"
         assert y.dtype == dtype and y.shape == want.shape, case
