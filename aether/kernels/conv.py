@@ -32,9 +32,9 @@ class Unit(TypedDict, total=False):
     spherical: bool
     """Compare directions only: patch and kernel as unit vectors, D = 2 − 2 cos; a zero patch stays zero."""
     nonnegative_bias: bool
-    """Promise that b ≥ 0, which lets the backward pass keep y's numerator by its sign."""
+    """Promise that b ≥ 0, which lets the backward pass keep y with a sign instead of the float32 dot product."""
     distance: str
-    """"expanded", or "exact": Σ(p − w)² by differences, for patches close to a kernel and for second derivatives."""
+    """The form of ‖p − w‖²: "expanded", or "exact", by differences, for patches close to a kernel and for second derivatives."""
     dtype: jnp.dtype | None
     """Of the result; x's by default."""
 
