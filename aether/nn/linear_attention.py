@@ -185,9 +185,15 @@ class YatLinearAttention(nnx.Module):
         """
         if self.anchors is None:
             raise ValueError("fit is called on a layer without anchors; make it with features='anchored'.")
-        vectors = jnp.stack(self.prepare(x, positions)).reshape(-1, self.num_heads, self.width)
-        fit = partial(maps.fit_anchors, num_anchors=self.anchors.shape[1])
-        self.anchors[...] = jax.vmap(fit, (0, 1))(jax.random.split(key, self.num_heads), vectors)
+        count = self.anchors.shape[1]
+
+        @jax.jit  # op by op it would compile each of them
+        def centres(x: Array, key: Array) -> Array:
+            vectors = jnp.stack(self.prepare(x, positions)).reshape(-1, self.num_heads, self.width)
+            fit = partial(maps.fit_anchors, num_anchors=count)
+            return jax.vmap(fit, (0, 1))(jax.random.split(key, self.num_heads), vectors)
+
+        self.anchors[...] = centres(x, key)
 
     def init_cache(self, batch: int) -> LinearState:
         """Return the cache before any position; its size does not depend on the length."""
