@@ -34,7 +34,7 @@ class Unit(TypedDict, total=False):
     nonnegative_bias: bool
     """Promise that b ≥ 0, which lets the backward pass keep y with a sign instead of the float32 dot product."""
     distance: str
-    """The form of ‖p − w‖²: "expanded", or "exact", by differences, for patches close to a kernel and for second derivatives."""
+    """The form of ‖p − w‖²: "expanded", or "exact", by differences: see `yat` for when."""
     dtype: jnp.dtype | None
     """Of the result; x's by default."""
 
