@@ -33,33 +33,41 @@ def make(rng, t=T, s=T, bias=0.3):
     return [jnp.asarray(a, jnp.float32) for a in arrays]
 
 
-def assert_equal(n, block, args, mask, **score):
+def compare(n, block, args, masks, **score):
+    """Assert that values and gradients are the plain form's, for masks that differ in their arrays alone."""
+
     @partial(jax.jit, compiler_options=FAST)
     def both(args, mask):
         run = [jax.grad(partial(loss, impl, n, block, **score), range(7), has_aux=True) for impl in IMPLS]
         return [f(*args, mask) for f in run]
 
-    (plain, y), (blocks, y_blocks) = both(args, mask)
-    np.testing.assert_allclose(y_blocks, y, atol=1e-5)
-    for name, one, other in zip(NAMES, plain, blocks, strict=True):
-        assert np.linalg.norm(one) > 1e-3 or (name == "constant" and n.name == "softmax"), name
-        assert np.linalg.norm(one - other) <= 1e-5 * max(1.0, np.linalg.norm(one)), name
+    for mask in masks:
+        (plain, y), (blocks, y_blocks) = both(args, mask)
+        np.testing.assert_allclose(y_blocks, y, atol=1e-5)
+        for name, one, other in zip(NAMES, plain, blocks, strict=True):
+            assert np.linalg.norm(one) > 1e-3 or (name == "constant" and n.name == "softmax"), name
+            assert np.linalg.norm(one - other) <= 1e-5 * max(1.0, np.linalg.norm(one)), name
 
 
 @pytest.mark.parametrize("n", NORMALIZATIONS, ids=lambda n: n.name)
 @pytest.mark.parametrize(
-    ("block", "mask"),
-    [
-        pytest.param(4, dict(causal=True), id="causal"),
-        pytest.param(3, dict(window=4), id="window"),
-        pytest.param(4, dict(causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS), id="segments"),
-        pytest.param(4, dict(dense=np.random.default_rng(0).random((B, H, T, T)) < 0.6), id="dense"),
-        pytest.param(5, dict(valid=np.random.default_rng(1).random((B, T)) < 0.7), id="padding"),
-    ],
+    ("block", "structure"),
+    [pytest.param(4, dict(causal=True), id="causal"), pytest.param(3, dict(window=4), id="window")],
 )
-def test_gradients_equal_the_plain_form_s(rng, n, block, mask):
-    mask = Mask(**{k: jnp.asarray(v) if np.ndim(v) else v for k, v in mask.items()})
-    assert_equal(n, block, make(rng), mask, nonnegative_bias=True)
+def test_gradients_equal_the_plain_form_s(rng, n, block, structure):
+    compare(n, block, make(rng), [Mask(**structure)], nonnegative_bias=True)
+
+
+@pytest.mark.parametrize("n", NORMALIZATIONS, ids=lambda n: n.name)
+def test_gradients_equal_with_segments_padding_and_a_dense_mask(rng, n):
+    nothing = dict(query_segments=0 * SEGMENTS, key_segments=0 * SEGMENTS)
+    nothing |= dict(valid=jnp.ones((B, T), bool), dense=jnp.ones((B, H, T, T), bool))
+    told = [
+        dict(query_segments=SEGMENTS, key_segments=SEGMENTS),
+        dict(valid=jnp.asarray(rng.random((B, T)) < 0.7)),
+        dict(dense=jnp.asarray(rng.random((B, H, T, T)) < 0.6)),
+    ]
+    compare(n, 5, make(rng), [Mask(**nothing | some) for some in told], nonnegative_bias=True)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +83,14 @@ def test_gradients_equal_for_other_shapes_and_scores(rng, sizes, mask, score):
     q, k, *rest = make(rng, *sizes, bias=score.pop("bias", 0.3))
     if score.get("spherical"):
         q, k = (a / jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
-    assert_equal(Normalization(), 4, (q, k, *rest), Mask(**mask), **score)
+    compare(Normalization(), 4, (q, k, *rest), [Mask(**mask)], **score)
 
 
 def test_dot_products_in_bfloat16(rng):
     """Values and gradients as near to float32's as the plain form's are."""
     q, k, v, *_ = make(rng)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def run(q, k, v):
         def grads(impl, dtype):
             def f(*args):
@@ -148,22 +156,3 @@ def test_a_longer_sequence_costs_a_window_only_its_share(rng):
     impl = "blockwise"
     assert count(None, 64) == 8 * 9 / 2  # of 64
     assert count(8, 64) == 15 and count(8, 128) == 31
-
-
-def test_it_works_within_scan_and_checkpoint(rng):
-    """As in a model: layers scanned, blocks recomputed."""
-    x = jnp.asarray(0.3 * rng.normal(size=(1, T, 2, 4)), jnp.float32)
-
-    @partial(jax.jit, compiler_options=FAST)
-    def both(x):
-        def model(impl, x):
-            @jax.checkpoint
-            def layer(x, scale):
-                y = attention(x, x, x, YatScore(scale, 2.0, 0.3), mask=Mask(causal=True), impl=impl, block=4)
-                return x + y, None
-
-            return jnp.sum(jnp.sin(jax.lax.scan(layer, x, jnp.array([0.1, 0.2]))[0]))
-
-        return [jax.grad(partial(model, impl))(x) for impl in IMPLS]
-
-    np.testing.assert_allclose(*both(x), atol=1e-5)

@@ -61,7 +61,8 @@ def exact(layer, x, context=None, mask=None, positions=None, context_positions=N
 
 
 def test_parameters_have_nmn_s_names():
-    layer = make(num_kv_heads=2, qkv_features=16, out_features=6, learnable_epsilon=True)
+    options = dict(num_kv_heads=2, qkv_features=16, out_features=6, learnable_epsilon=True)
+    layer = nnx.eval_shape(lambda: YatAttention(D, 4, rngs=nnx.Rngs(0), **options))
     found = {"/".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(layer))}
     assert found == {
         **{"query/kernel": (8, 16), "key/kernel": (8, 8), "value/kernel": (8, 8), "out/kernel": (16, 6)},
@@ -88,12 +89,11 @@ def test_options_of_the_unit_reach_the_score():
 
 
 def test_kernels_start_at_one_over_the_root_of_their_inputs():
-    layer = Attention(64, 4, qkv_features=256, in_kv_features=32, rngs=nnx.Rngs(0))
-    for part, std in ((layer.query, 1 / 8), (layer.key, 32**-0.5), (layer.value, 32**-0.5), (layer.out, 1 / 16)):
-        assert abs(float(part.kernel[...].std()) / std - 1) < 0.05
-    layer = Attention(64, 4, std=0.5, out_std=0.1, rngs=nnx.Rngs(0))
-    for part, std in ((layer.query, 0.5), (layer.key, 0.5), (layer.value, 0.5), (layer.out, 0.1)):
-        assert abs(float(part.kernel[...].std()) / std - 1) < 0.05
+    usual = dict(query=1 / 8, key=32**-0.5, value=32**-0.5, out=1 / 16)
+    for options, stds in (({}, usual), (dict(std=0.5, out_std=0.1), dict(query=0.5, key=0.5, value=0.5, out=0.1))):
+        layer = Attention(64, 4, qkv_features=256, in_kv_features=32, rngs=nnx.Rngs(0), **options)
+        for name, std in stds.items():
+            assert abs(np.std(getattr(layer, name).kernel[...]) / std - 1) < 0.05
 
 
 TRI = np.tri(T, dtype=bool)
@@ -110,14 +110,15 @@ CALLS = dict(
 )
 
 
-@pytest.mark.parametrize("impl", ["plain", "blockwise"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "impl"), [*((name, "plain") for name in CALLS), ("window", "blockwise"), ("padding_l1", "blockwise")]
+)
 def test_self_attention(rng, name, impl):
     options, call, mask = CALLS[name]
     layer, x = make(impl=impl, block=3, **options), draw(rng, B, T, D)
-    got = run(layer, x, **{k: jnp.asarray(v) for k, v in call.items()}) if "is_causal" not in call else None
-    if got is None:
-        got = jax.jit(lambda x: layer(x, is_causal=True)[0])(x)
+    flags = {k: v for k, v in call.items() if k == "is_causal"}
+    arrays = {k: jnp.asarray(v) for k, v in call.items() if k not in flags}
+    got = jax.jit(lambda x, arrays: layer(x, **arrays, **flags)[0], compiler_options=FAST)(x, arrays)
     np.testing.assert_allclose(got, exact(layer, x, mask=mask), atol=2e-5)
 
 
@@ -135,18 +136,18 @@ def test_cross_attention(rng, impl):
     np.testing.assert_allclose(got, exact(layer, x, context, mask, at, there), atol=2e-5)
 
 
-@pytest.mark.parametrize("impl", ["plain", "blockwise"])
 @pytest.mark.parametrize(
     "options",
     [
-        dict(kind="dot", rope_theta=100.0),
-        dict(rope_theta=100.0, num_kv_heads=2, window=3),
-        dict(rope_theta=100.0, spherical=True, normalization="l1", num_kv_heads=1),
+        dict(kind="dot", impl="plain"),
+        dict(num_kv_heads=2, window=3, impl="plain"),
+        dict(num_kv_heads=2, window=3, impl="blockwise"),
+        dict(spherical=True, normalization="l1", num_kv_heads=1, impl="blockwise"),
     ],
-    ids=["dot", "yat-grouped-window", "spherical-l1-shared"],
+    ids=["dot", "grouped-window", "grouped-window-blockwise", "spherical-l1-shared-blockwise"],
 )
-def test_the_cache_gives_what_the_whole_gives(rng, options, impl):
-    layer = make(impl=impl, block=4, **options)
+def test_the_cache_gives_what_the_whole_gives(rng, options):
+    layer = make(rope_theta=100.0, block=4, **options)
     x = draw(rng, B, T, D)
 
     @partial(jax.jit, compiler_options=FAST)
@@ -179,8 +180,9 @@ def test_keys_are_rotated_once_when_they_are_written(rng):
     np.testing.assert_allclose(last.key, ref.unit(ref.rotate(k, np.arange(T)[None], 10.0)), atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["plain", "blockwise"])
-@pytest.mark.parametrize("form", ["is_causal", "window", "cache"])
+@pytest.mark.parametrize(
+    ("form", "impl"), [("is_causal", "plain"), ("window", "plain"), ("cache", "plain"), ("cache", "blockwise")]
+)
 def test_no_position_feels_a_later_one(rng, form, impl):
     layer = make(impl=impl, block=3, rope_theta=10.0, window=3 if form == "window" else None)
     x = draw(rng, 1, T, D)
