@@ -216,6 +216,7 @@ def _convolve(window: Window, x: Array, w: Array, dtype: jnp.dtype) -> Array:
         window.kernel_dilation,
         channels_last,
         feature_group_count=window.groups,
+        precision="highest",  # as in `aether.kernels.yat.product`
         preferred_element_type=dtype,
     )
 

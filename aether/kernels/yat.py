@@ -88,10 +88,13 @@ def yat(
     parts = tuple(jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
     dtype = jnp.dtype(dtype or x.dtype)
     if distance == "exact":
-        x, w = (v.astype(jnp.float32) for v in whole)
+        x, w = (v.astype(jnp.float32) for v in (whole if transposed else (whole[0], whole[1].swapaxes(-1, -2))))
         if spherical and not normalized:
-            x, w = unit(x), unit(w, axis)
-        return ratio_of(dot, squared_distances(x, w if transposed else w.swapaxes(-1, -2)), *parts).astype(dtype)
+            x, w = unit(x), unit(w)
+        d = squared_distances(x, w)
+        if spherical:
+            d += _missing(x)[..., :, None] + _missing(w)[..., None, :]
+        return ratio_of(dot, d, *parts).astype(dtype)
     squares = (2.0, 0.0) if spherical else (_squares(x, -1)[..., :, None], _squares(w, axis)[..., None, :])
     floor = max(_FLOOR, float(jnp.finfo(x.dtype).eps) / 20) if spherical else _FLOOR  # unit vectors have been rounded
     return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, floor=floor, kept=x.dtype, dtype=dtype)
@@ -143,10 +146,10 @@ def _product_forward(equation, x, w):
 
 
 def _product_backward(equation, operands, g):
-    def multiply(x, w):
-        return jnp.einsum(equation, x, w, preferred_element_type=x.dtype, precision="highest")
-
-    return jax.vjp(multiply, *operands)[1](g.astype(operands[0].dtype))
+    x, w = operands
+    multiply = partial(jnp.einsum, equation, preferred_element_type=x.dtype, precision="highest")
+    g = g.astype(x.dtype)
+    return *jax.linear_transpose(lambda x: multiply(x, w), x)(g), *jax.linear_transpose(lambda w: multiply(x, w), w)(g)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -201,6 +204,12 @@ class Options(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ratio(o, dot, x_square, w_square, bias, alpha, epsilon):
     return _forward(o, dot, x_square, w_square, bias, alpha, epsilon)[0]
+
+
+def _missing(x: Array) -> Array:
+    """Return what squares of unit vectors lack of 1: something for vectors near 0 alone, so that D = 2 there too."""
+    square = _squares(x, -1)
+    return jnp.where(square < 0.5, 1.0 - square, 0.0)
 
 
 def _squares(x: Array, axis: int) -> Array:

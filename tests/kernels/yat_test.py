@@ -121,11 +121,14 @@ def test_the_edges_are_finite(rng, dtype, spherical, nonnegative_bias):
     args = make(rng, (8, 48, 8), near=0.0, epsilon=1e-3)
     args[0][1], args[1][:, 1] = 0.0, 0.0
     args[1][:, 2:6] = args[0][2:6].T
-    args[2][:4] = 0.0  # with x = 0 or w = 0: n = 0
+    args[2][:4] = 0.0  # with x = 0 or w = 0: n = 0; elsewhere y = b²/(2 + ε) at x = 0 if spherical
     given, exact = rounded(args, dtype)
     y, grads = run(given, np.ones((8, 8)), spherical=spherical, nonnegative_bias=nonnegative_bias)
     assert np.isfinite(y).all() and (y >= 0).all()
     assert y[1, 1] == 0 and y[0, 0] > 0
+    if spherical and dtype == "float32":  # the direction of 0 is as far from any other as a right angle is
+        exact_y, _ = run(given, np.ones((8, 8)), spherical=True, distance="exact")
+        np.testing.assert_allclose(exact_y[1], y[1], rtol=1e-5)
     assert all(np.isfinite(g).all() for g in grads)
     if dtype == "float32" and not spherical:
         bound = BOUNDS[dtype] * kappa(exact[0], exact[1], exact[4].min(), False)
