@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from aether.kernels.blockwise import blockwise
+from aether.kernels.blockwise import average, blockwise, compare
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.yat import product, yat
@@ -23,7 +23,10 @@ BLOCK = 256  # about the fastest on CPU at lengths 1024 to 4096, with one head o
 
 
 class Score(Protocol):
-    """What compares prepared queries (b, g, r, t, k) and keys (b, g, 1, s, k): float32 (b, g, r, t, s), a pytree."""
+    """What compares prepared queries and keys; a pytree.
+
+    (b, h, t, k) and (b, h, s, k) -> (b, h, t, s), or (b, g, r, t, k) and (b, g, 1, s, k) -> (b, g, r, t, s), float32.
+    """
 
     def __call__(self, q: Array, k: Array) -> Array:
         """Return the scores."""
@@ -70,7 +73,7 @@ class YatScore:
 
         def per_head(p: Array | float) -> Array:
             p = jnp.asarray(p, jnp.float32)
-            return p.reshape(*q.shape[1:3], 1, 1) if p.ndim else p
+            return p.reshape(*q.shape[1:-2], 1, 1) if p.ndim else p
 
         return yat(
             q,
@@ -137,9 +140,7 @@ def attention(
 def plain(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization) -> Array:
     """Attend with whole score matrices: q (b, g, r, t, k), k and v (b, g, s, k) -> (b, g, r, t, k)."""
     seen = mask.block(0, q.shape[-2], 0, k.shape[-2])
-    scores = score(q, k[:, :, None])
-    weights = normalization.weights(scores, seen)
-    return product("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v).astype(v.dtype)
+    return average(normalization.weights(compare(score, q, k), seen), v).astype(v.dtype)
 
 
 def _check_options(score: Score, normalization: Normalization, impl: str, block: int | None) -> None:

@@ -21,6 +21,23 @@ from aether.kernels.normalization import Normalization
 from aether.kernels.yat import product
 
 
+def compare(score: Any, q: Array, k: Array) -> Array:
+    """Return the scores (b, g, r, t, s) of q (b, g, r, t, k) and k (b, g, s, k)."""
+    if q.shape[2] == 1:  # an axis of 1 would cost the products up to a third on CPU
+        return score(q[:, :, 0], k)[:, :, None]
+    return score(q, k[:, :, None])
+
+
+def average(weights: Array, v: Array) -> Array:
+    """Return Σ_s w_s v_s in float32, (b, g, r, t, k), for weights (b, g, r, t, s) and v (b, g, s, k)."""
+    return product("bgms,bgsk->bgmk", _rows(weights.astype(v.dtype)), v).reshape(*weights.shape[:-1], v.shape[-1])
+
+
+def _rows(x: Array) -> Array:
+    """Join the axes r and t."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
 class Plan(NamedTuple):
     """The size of a block, how many there are, and how many keys are real."""
 
@@ -65,10 +82,10 @@ def _forward(plan, q, k, v, score, n, mask):
         def add(j, carry):
             level, total, mean = carry
             k_j, v_j = _columns(plan, k, j), _columns(plan, v, j)
-            s = n.hide(score(q_i, k_j[:, :, None]), _seen(plan, mask, i, j))
+            s = n.hide(compare(score, q_i, k_j), _seen(plan, mask, i, j))
             higher = jnp.maximum(level, jnp.max(s, -1, keepdims=True))
             w, shrink = n.weight(s, higher), n.weight(level, higher)
-            mean = mean * shrink + product("bgrts,bgsk->bgrtk", w.astype(v.dtype), v_j)
+            mean = mean * shrink + average(w, v_j)
             return higher, total * shrink + jnp.sum(w, -1, keepdims=True), mean
 
         mean = jnp.zeros((*q_i.shape[:-1], v.shape[-1]), jnp.float32)
@@ -90,12 +107,12 @@ def _backward(plan, residuals, g):
         def add(j, carry):
             dq, dk, dv, dscore = carry
             k_j, v_j = _columns(plan, k, j), _columns(plan, v, j)
-            s, pull = jax.vjp(lambda q, k, score: score(q, k[:, :, None]), q_i, k_j, score)
+            s, pull = jax.vjp(compare, score, q_i, k_j)
             s = n.hide(s, _seen(plan, mask, i, j))
             w = n.weight(s, level_i)
-            dw = product("bgrtk,bgsk->bgrts", g_i, v_j)
-            of_q, of_k, of_score = pull(n.slope(s, level_i, w) * (dw - centre_i))
-            of_v = product("bgrts,bgrtk->bgsk", w.astype(v.dtype), g_i)
+            dw = product("bgmk,bgsk->bgms", _rows(g_i), v_j).reshape(w.shape)
+            of_score, of_q, of_k = pull(n.slope(s, level_i, w) * (dw - centre_i))
+            of_v = product("bgms,bgmk->bgsk", _rows(w.astype(v.dtype)), _rows(g_i))
             at = j * plan.columns
             return dq + of_q, _add_at(dk, of_k, at), _add_at(dv, of_v, at), jax.tree.map(jnp.add, dscore, of_score)
 

@@ -151,7 +151,7 @@ def test_a_longer_sequence_costs_a_window_only_its_share(rng):
     class Counted:
         def __call__(self, q, k):
             jax.debug.callback(lambda: visits.append(1))
-            return jnp.einsum("bgrtk,bgzsk->bgrts", q, k)
+            return jnp.einsum("...tk,...sk->...ts", q, k)
 
     impl = "blockwise"
     assert count(None, 64) == 8 * 9 / 2  # of 64
