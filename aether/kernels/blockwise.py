@@ -21,14 +21,14 @@ from aether.kernels.normalization import Normalization
 from aether.kernels.yat import product
 
 
-def compare(score: Any, q: Array, k: Array) -> Array:
+def _compare(score: Any, q: Array, k: Array) -> Array:
     """Return the scores (b, g, r, t, s) of q (b, g, r, t, k) and k (b, g, s, k)."""
     if q.shape[2] == 1:  # an axis of 1 would cost the products up to a third on CPU
         return score(q[:, :, 0], k)[:, :, None]
     return score(q, k[:, :, None])
 
 
-def average(weights: Array, v: Array) -> Array:
+def _average(weights: Array, v: Array) -> Array:
     """Return Σ_s w_s v_s in float32, (b, g, r, t, k), for weights (b, g, r, t, s) and v (b, g, s, k)."""
     return product("bgms,bgsk->bgmk", _rows(weights.astype(v.dtype)), v).reshape(*weights.shape[:-1], v.shape[-1])
 
@@ -57,7 +57,7 @@ def blockwise(q: Array, k: Array, v: Array, score: Any, mask: Mask, normalizatio
     mask = mask.padded(more_t, more_s)
     q, k, v = _pad(q, more_t), _pad(k, more_s), _pad(v, more_s)
     score = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), score)
-    return _blockwise(plan, q, k, v, score, normalization, mask)[..., :t, :]
+    return _blockwise(plan, q, k, v, score, normalization.by_head(*q.shape[1:3]), mask)[..., :t, :]
 
 
 def _even(length: int, block: int) -> tuple[int, int]:
@@ -82,10 +82,10 @@ def _forward(plan, q, k, v, score, n, mask):
         def add(j, carry):
             level, total, mean = carry
             k_j, v_j = _columns(plan, k, j), _columns(plan, v, j)
-            s = n.hide(compare(score, q_i, k_j), _seen(plan, mask, i, j))
+            s = n.hide(_compare(score, q_i, k_j), _seen(plan, mask, i, j))
             higher = jnp.maximum(level, jnp.max(s, -1, keepdims=True))
             w, shrink = n.weight(s, higher), n.weight(level, higher)
-            mean = mean * shrink + average(w, v_j)
+            mean = mean * shrink + _average(w, v_j)
             return higher, total * shrink + jnp.sum(w, -1, keepdims=True), mean
 
         mean = jnp.zeros((*q_i.shape[:-1], v.shape[-1]), jnp.float32)
@@ -107,7 +107,7 @@ def _backward(plan, residuals, g):
         def add(j, carry):
             dq, dk, dv, dscore = carry
             k_j, v_j = _columns(plan, k, j), _columns(plan, v, j)
-            s, pull = jax.vjp(compare, score, q_i, k_j)
+            s, pull = jax.vjp(_compare, score, q_i, k_j)
             s = n.hide(s, _seen(plan, mask, i, j))
             w = n.weight(s, level_i)
             dw = product("bgmk,bgsk->bgms", _rows(g_i), v_j).reshape(w.shape)

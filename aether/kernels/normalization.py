@@ -6,6 +6,7 @@ the running maximum is known to do for softmax (Milakov and Gimelshein, 2018, ar
 finite. ε₁ acts as a key of its own with score ε₁^(1/n) and value 0.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
@@ -43,16 +44,17 @@ class Normalization:
             raise ValueError(f"constant is {self.constant}; it must be a positive finite number.")
         return self
 
-    def by_head(self, g: int, r: int) -> Self:
-        """Return it for scores (b, g, r, t, s), with h = g r.
+    def by_head(self, *heads: int) -> Self:
+        """Return it for scores (b, *heads, t, s), where `heads` is (h,) or (g, r) with h = g r.
 
         Raises:
           ValueError: the constant is neither one nor `h` numbers.
         """
         constant = jnp.asarray(self.constant, jnp.float32)
-        if constant.shape not in ((), (1,), (g * r,)):
-            raise ValueError(f"constant is {constant.shape}; it must be a number or ({g * r},), one a head.")
-        return replace(self, constant=constant.reshape(g, r, 1, 1) if constant.size > 1 else constant)
+        h = math.prod(heads)
+        if constant.shape not in ((), (1,), (h,)):
+            raise ValueError(f"constant is {constant.shape}; it must be a number or ({h},), one a head.")
+        return replace(self, constant=constant.reshape(*heads, 1, 1) if constant.size > 1 else constant)
 
     def weights(self, scores: Array, seen: Array | None) -> Array:
         """Return the weights of whole rows (..., s); `seen` broadcasts to them, None is everything."""
