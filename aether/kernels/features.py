@@ -203,7 +203,8 @@ class Anchored:
     other data than is attended to (`fit_anchors`). Features have both signs.
     """
 
-    anchors: Array  # (m, d)
+    anchors: Array  # Z (m, d)
+    inverse: Array  # L⁻¹ (m, m)
     bias: float = static()
     epsilon: float = static()
 
@@ -216,28 +217,32 @@ class Anchored:
     def __call__(self, x: Array) -> Array:
         """Map unit vectors (..., d) to float32 features (..., 1 + d + m)."""
         a = coefficients(self.bias, self.epsilon, 2)
-        anchors = unit(self.anchors.astype(jnp.float32))
-        gram = self._remainder(_dot(anchors, anchors))
-        jitter = _JITTER * self._remainder(jnp.ones(()))
-        factor = jnp.linalg.cholesky(gram + jitter * jnp.eye(len(anchors)))
-        seen = self._remainder(_dot(x, anchors)).reshape(-1, len(anchors))
-        solved = jax.scipy.linalg.solve_triangular(factor, seen.T, lower=True).T
         constant = jnp.full((*x.shape[:-1], 1), a[0] ** 0.5, jnp.float32)
-        linear = a[1] ** 0.5 * x.astype(jnp.float32)
-        return jnp.concatenate([constant, linear, solved.reshape(*x.shape[:-1], -1)], -1)
+        x = x.astype(jnp.float32)  # L⁻¹ would magnify what the products of rounded anchors are off by
+        linear = a[1] ** 0.5 * x
+        seen = _remainder(_dot(x, self.anchors), self.bias, self.epsilon)
+        return jnp.concatenate([constant, linear, _dot(seen, self.inverse)], -1)
 
-    def _remainder(self, s: Array) -> Array:
-        """Return ρ(s) = a₂s²/(1 − rs), without cancellation."""
-        r = 2.0 / (2.0 + self.epsilon)
-        return coefficients(self.bias, self.epsilon, 3)[2] * s * s / (1.0 - r * jnp.minimum(s, 1.0))
+
+def _remainder(s: Array, bias: float, epsilon: float) -> Array:
+    """Return ρ(s) = a₂s²/(1 − rs), without cancellation."""
+    r = 2.0 / (2.0 + epsilon)
+    return coefficients(bias, epsilon, 3)[2] * s * s / (1.0 - r * jnp.minimum(s, 1.0))
 
 
 def anchored(anchors: Array, *, bias: float, epsilon: float) -> Anchored:
-    """Make `Anchored` features of anchors (m, d), of any length but 0."""
+    """Make `Anchored` features of anchors (m, d), of any length but 0.
+
+    For several heads use `jax.lax.map`, not `vmap`: on two cores XLA's CPU client waits for itself, now and then for
+    ever, in batches of LAPACK calls (jaxlib 0.10.2).
+    """
     if anchors.ndim != 2:
         raise ValueError(f"anchors have shape {anchors.shape}; they must be (number of anchors, head width).")
     check(anchors.shape[1], bias, epsilon)
-    return Anchored(anchors, bias, epsilon)
+    anchors, identity = unit(anchors.astype(jnp.float32)), jnp.eye(len(anchors))
+    gram = _remainder(_dot(anchors, anchors), bias, epsilon)
+    factor = jnp.linalg.cholesky(gram + _JITTER * _remainder(jnp.ones(()), bias, epsilon) * identity)
+    return Anchored(anchors, jax.scipy.linalg.solve_triangular(factor, identity, lower=True), bias, epsilon)
 
 
 def fit_anchors(key: Array, x: Array, num_anchors: int, iterations: int = 5) -> Array:
@@ -285,4 +290,4 @@ def haar(key: Array, count: int, width: int) -> Array:
 def _dot(x: Array, w: Array) -> Array:
     """Return the products of vectors (..., d) with rows (..., n, d) of `w`, in float32."""
     equation = "...d,nd->...n" if w.ndim == 2 else "...d,rnd->...rn"
-    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32, precision="highest")

@@ -166,7 +166,7 @@ class YatLinearAttention(nnx.Module):
         """Return the map of unit vectors (..., h, k) to (..., h, m), and the smallest mean weight to divide by."""
         heads: Any
         if self.anchors is not None:
-            heads = maps.Anchored(self.anchors[...], **dict(self.options))
+            heads = jax.lax.map(lambda z: maps.anchored(z, **dict(self.options)), self.anchors[...])
         else:
             with jax.ensure_compile_time_eval():
                 heads = _draw(self.kind, self.width, self.num_features, self.options, self.feature_seed, self.num_heads)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from aether.nn.linear_attention import YatLinearAttention
 from aether.nn.param import stack
+from aether.testing import equations
 
 WIDTH, HEADS, LENGTH = 16, 2, 11
 FAST = {"xla_backend_optimization_level": 0}  # less to compile
@@ -192,3 +193,13 @@ def test_bad_calls_are_named(x):
             jax.eval_shape(lambda arguments=arguments: module(**arguments))
     with pytest.raises(ValueError, match="fit is called on a layer without anchors"):
         module.fit(x, jax.random.key(0))
+
+
+def test_heads_are_factored_one_after_the_other():
+    """Batches of LAPACK calls hang now and then on two cores: none may have a batch axis, forward or backward."""
+    layer = YatLinearAttention(WIDTH, HEADS, features="anchored", num_features=12, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    x = jnp.ones((1, 4, layer.num_heads * layer.width))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: nnx.merge(graph, p)(x)[0].sum()))(params)
+    calls = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("cholesky", "triangular_solve", "qr")]
+    assert len(calls) >= 3 and all(v.aval.ndim == 2 for e in calls for v in e.invars)
