@@ -73,7 +73,12 @@ class YatScore:
 
         def per_head(p: Array | float) -> Array:
             p = jnp.asarray(p, jnp.float32)
-            return p.reshape(*q.shape[1:-2], 1, 1) if p.ndim else p
+            if p.size == 1:
+                return p.reshape(())
+            heads = q.shape[1:-2]
+            if p.shape != (math.prod(heads),):
+                raise ValueError(f"bias, alpha or epsilon is {p.shape}; it must be a number or one a head.")
+            return p.reshape(*heads, 1, 1)
 
         return yat(
             q,
@@ -123,7 +128,8 @@ def attention(
     _check_operands(q, k, v)
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
     normalization = (normalization or Normalization()).checked()
-    _check_options(score, normalization, impl, block)
+    check_form(impl, block)
+    _check_score(score, normalization)
     mask = (mask or Mask()).checked(b, g, h // g, t, s)
     q = q.reshape(b, t, g, h // g, -1).transpose(0, 2, 3, 1, 4)
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
@@ -149,11 +155,15 @@ def plain(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization:
     return y if len(heads) > 1 else y[:, :, None]
 
 
-def _check_options(score: Score, normalization: Normalization, impl: str, block: int | None) -> None:
+def check_form(impl: str, block: int | None) -> None:
+    """Raise a `ValueError` if there is no such form of attention."""
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLS)}.")
     if block is not None and block < 1:
         raise ValueError(f"block is {block}; it must be at least 1, or None for a size that fits.")
+
+
+def _check_score(score: Score, normalization: Normalization) -> None:
     if isinstance(score, DotScore) and normalization.name != "softmax":
         raise ValueError(f"normalization is {normalization.name!r}; products may be negative and take only softmax.")
 

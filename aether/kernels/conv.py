@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from aether.kernels.window import Padding, Sizes, Window, conv_window, transposed_window
-from aether.kernels.yat import DISTANCES, ratio, ratio_of, squared_distances
+from aether.kernels.yat import DISTANCES, check_epsilon, ratio, ratio_of, squared_distances
 
 _TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 
@@ -160,12 +160,13 @@ def yat_windows(
     """
     if distance not in DISTANCES:
         raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
-    groups = window.groups
+    check_epsilon(epsilon)
+    groups, outputs = window.groups, w.shape[-1]
     dtype = jnp.dtype(dtype or x.dtype)
     parts = tuple(_grouped(p, groups, w.shape[-1]) for p in (bias, alpha, epsilon))
     patch_square, kernel_square = patch_squares(x, window)[..., None], _kernel_squares(w, groups)
     dot = convolve(window, x, w)
-    dot = dot.reshape(*dot.shape[:-1], groups, -1)
+    dot = dot.reshape(*dot.shape[:-1], groups, outputs // groups)
     if spherical:
         dot = cosine(x.dtype, dot, patch_square, kernel_square)
     if distance == "exact":
@@ -174,7 +175,7 @@ def yat_windows(
         squares = (2.0, 0.0) if spherical else (patch_square, kernel_square)
         keep_sign = nonnegative_bias and not spherical  # the cosine is kept in any case
         y = ratio(dot, *squares, *parts, nonnegative_bias=keep_sign, kept=x.dtype, dtype=dtype)
-    return y.reshape(*y.shape[:-2], -1)
+    return y.reshape(*y.shape[:-2], outputs)
 
 
 def _grouped(part: Array | float, groups: int, outputs: int) -> Array:
@@ -187,7 +188,7 @@ def _grouped(part: Array | float, groups: int, outputs: int) -> Array:
 
 def patch_squares(x: Array, window: Window) -> Array:
     """Return ‖p‖² of the channels of each group, (b, places..., groups), float32."""
-    x = x.astype(jnp.float32).reshape(*x.shape[:-1], window.groups, -1)
+    x = x.astype(jnp.float32).reshape(*x.shape[:-1], window.groups, x.shape[-1] // window.groups)
     return window.sums(jnp.sum(x * x, -1))
 
 

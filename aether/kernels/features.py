@@ -240,8 +240,11 @@ def anchored(anchors: Array, *, bias: float, epsilon: float) -> Anchored:
         raise ValueError(f"anchors have shape {anchors.shape}; they must be (number of anchors, head width).")
     check(anchors.shape[1], bias, epsilon)
     anchors, identity = unit(anchors.astype(jnp.float32)), jnp.eye(len(anchors))
-    gram = _remainder(_dot(anchors, anchors), bias, epsilon)
-    factor = jnp.linalg.cholesky(gram + _JITTER * _remainder(jnp.ones(()), bias, epsilon) * identity)
+    products = jnp.where(identity > 0, 1.0, _dot(anchors, anchors))
+    gram = _remainder(products, bias, epsilon)
+    rounding = 2.0**-21 / epsilon * math.sqrt(len(anchors))  # near s = 1 the slope of ρ magnifies that of s by 2/ε
+    jitter = max(_JITTER, rounding) * _remainder(jnp.ones(()), bias, epsilon)
+    factor = jnp.linalg.cholesky(gram + jitter * identity)
     return Anchored(anchors, jax.scipy.linalg.solve_triangular(factor, identity, lower=True), bias, epsilon)
 
 

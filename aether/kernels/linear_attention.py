@@ -164,7 +164,7 @@ def linear_attention(
 def divide(sums: Array, total: Array, count: Array, floor: float) -> Array:
     """Return sums/max(total, floor·count), or 0 where that divisor is not positive; `sums` has one more axis."""
     divisor = jnp.maximum(total, floor * count)
-    fine = divisor > 0
+    fine = ~(divisor <= 0)  # what is not a number stays so
     return jnp.where(fine[..., None], sums / jnp.where(fine, divisor, 1.0)[..., None], 0.0)
 
 

@@ -45,14 +45,17 @@ class Mask:
         Raises:
           ValueError: an array does not fit the shape, segments come alone, or the window is below 1.
         """
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1, or None for no window.")
+        check_window(self.window)
         if (self.query_segments is None) != (self.key_segments is None):
             raise ValueError("query_segments and key_segments go together; one of them is None.")
         for name, wanted in (("query_segments", (b, t)), ("key_segments", (b, s)), ("valid", (b, s))):
             array = getattr(self, name)
             if array is not None and array.shape != wanted:
                 raise ValueError(f"{name} is {array.shape}; it must be {wanted}, one for each position.")
+        for name in ("query_segments", "key_segments"):
+            array = getattr(self, name)
+            if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+                raise ValueError(f"{name} is {array.dtype}; it must be of integers.")
         for name in ("valid", "dense"):
             array = getattr(self, name)
             if array is not None and array.dtype != bool:
@@ -111,6 +114,12 @@ class Mask:
         if self.window is None:
             return 0, last
         return jnp.clip((row + self.offset - self.window + 1) // columns, 0, blocks), last
+
+
+def check_window(window: int | None) -> None:
+    """Raise a `ValueError` unless `window` is None or a whole number of positions."""
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(f"window is {window}; it must be an integer of at least 1, or None for no window.")
 
 
 def _cut(array: Array, axis: int, start: Array | int, size: int) -> Array:

@@ -1,5 +1,7 @@
 """Rotary positions (Su et al., 2021, arXiv 2104.09864)."""
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +14,8 @@ def rotate(x: Array, positions: Array, theta: float = 10000.0) -> Array:
       positions: (b, t) integers.
       theta: base of the wavelengths.
     """
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta is {theta}; it must be a positive finite number, such as 10000.")
     k = x.shape[-1]
     frequency = theta ** (-jnp.arange(0, k, 2, dtype=jnp.float32) / k)
     angle = positions[..., None, None].astype(jnp.float32) * frequency

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -85,10 +86,10 @@ def per_axis(value: Sizes | None, axes: int, name: str) -> tuple[int, ...]:
       ValueError: there are not as many numbers as axes, or one is below 1.
     """
     value = 1 if value is None else value
-    each = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(each) != axes or any(not isinstance(v, int) or v < 1 for v in each):
-        raise ValueError(f"{name} is {value}; it must be a number ≥ 1, or one for each of the {axes} spatial axes.")
-    return each
+    each = tuple(value) if isinstance(value, Sequence) else (value,) * axes
+    if len(each) != axes or any(not isinstance(v, Integral) or v < 1 for v in each):
+        raise ValueError(f"{name} is {value}; it must be an integer ≥ 1, or one for each of the {axes} spatial axes.")
+    return tuple(int(v) for v in each)
 
 
 def check_padding(padding: Padding, axes: int, names: Sequence[str], *, dilated: bool = False) -> str | Pads:

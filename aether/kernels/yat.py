@@ -15,17 +15,29 @@ for unit vectors with ε ≥ 0.1 and for layers at their start, not for a traine
 outside the matrix unit, and is also the form to differentiate twice.
 """
 
+import math
 from functools import partial
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 _TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 _BLOCK = 16  # entries of the vectors whose differences are squared at a time
+_LEAST = 2.0**-126  # the least normal number in float32
 _FLOOR = 4 * 2.0**-23  # of S: what float32 sums resolve
 DISTANCES = ("expanded", "exact")
+
+
+def check_epsilon(epsilon: Any) -> None:
+    """Raise a `ValueError` if ε is a number and not a positive finite one in float32; arrays pass."""
+    if isinstance(epsilon, Array | np.ndarray):
+        return
+    if not isinstance(epsilon, Real) or not (_LEAST <= float(epsilon) < math.inf):
+        raise ValueError(f"epsilon is {epsilon!r}; it must be a positive finite number, such as 1e-5.")
 
 
 def unit(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
@@ -62,39 +74,44 @@ def yat(
       normalized: with `spherical`: they are unit vectors already, as keys in a cache are.
       transposed: the vectors of `w` are its rows, as keys are in attention.
       nonnegative_bias: promise that b ≥ 0, which lets the backward pass keep u instead of the float32 dot product.
-      distance: "expanded", or "exact": Σ(x − w)² in float32, for vectors close to one another (see above).
+      distance: "expanded", or "exact": Σ(x − w)² for vectors close to one another (see above), all in float32.
       dtype: of the result; x's by default.
 
     Returns:
       (..., m, n). Gradients are those of the formula, with a zero derivative of the distance where it is clamped.
-      Second derivatives are right in float32 except where n = 0; "exact" is right there too.
+      Second derivatives are right in float32 except where n = 0; "exact" is right there too. It alone takes forward
+      mode (`jax.jvp`, `jax.hessian`).
 
     Raises:
-      ValueError: the operands' dtypes or inner sizes differ, or `distance` is neither.
+      ValueError: the operands' dtypes or inner sizes differ, ε is a number ≤ 0, or `distance` is neither.
     """
     if x.dtype != w.dtype:
         raise ValueError(f"x is {x.dtype} and w {w.dtype}; cast both to the compute dtype.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x and w are {x.dtype}; they must be of a floating dtype.")
+    if min(x.ndim, w.ndim) < 2:
+        raise ValueError(f"x is {x.shape} and w {w.shape}; both must have at least two axes.")
+    check_epsilon(epsilon)
     axis = -1 if transposed else -2
     if x.shape[-1] != w.shape[axis]:
         raise ValueError(f"x has vectors of {x.shape[-1]} and w of {w.shape[axis]}; they must be equal.")
     if distance not in DISTANCES:
         raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
-    whole = x, w
-    if spherical and not normalized:
-        x, w = unit(x), unit(w, axis)
-    dot = product("...md,...nd->...mn" if transposed else "...md,...dn->...mn", x, w)
     parts = tuple(jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
     dtype = jnp.dtype(dtype or x.dtype)
-    if distance == "exact":
-        x, w = (v.astype(jnp.float32) for v in (whole if transposed else (whole[0], whole[1].swapaxes(-1, -2))))
-        if spherical and not normalized:
-            x, w = unit(x), unit(w)
-        d = squared_distances(x, w)
+    exact = distance == "exact"
+    if exact:
+        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    if spherical and not normalized:
+        x, w = unit(x), unit(w, axis)
+    equation = "...md,...nd->...mn" if transposed else "...md,...dn->...mn"
+    if exact:
+        rows = w if transposed else w.swapaxes(-1, -2)
+        d = squared_distances(x, rows)
         if spherical:
-            d += _missing(x)[..., :, None] + _missing(w)[..., None, :]
-        return ratio_of(dot, d, *parts).astype(dtype)
+            d += _missing(x)[..., :, None] + _missing(rows)[..., None, :]
+        return ratio_of(jnp.einsum(equation, x, w, precision="highest"), d, *parts).astype(dtype)
+    dot = product(equation, x, w)
     squares = (2.0, 0.0) if spherical else (_squares(x, -1)[..., :, None], _squares(w, axis)[..., None, :])
     floor = max(_FLOOR, float(jnp.finfo(x.dtype).eps) / 20) if spherical else _FLOOR  # unit vectors have been rounded
     return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, floor=floor, kept=x.dtype, dtype=dtype)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.kernels.attention import DotScore, Score, YatScore, attention
-from aether.kernels.masks import Mask
+from aether.kernels.attention import DotScore, Score, YatScore, attention, check_form
+from aether.kernels.masks import Mask, check_window
 from aether.kernels.normalization import Normalization
 from aether.kernels.rope import rotate
 from aether.kernels.yat import unit
 from aether.nn.linear import Linear
+from aether.nn.param import check_sizes, compute_dtype
 from aether.nn.prototypes import operand
 from aether.nn.yat import UnitOptions, YatUnit, check_distance
 
@@ -90,8 +91,13 @@ class Attention(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        qkv_features, num_kv_heads = qkv_features or in_features, num_kv_heads or num_heads
-        out_features, in_kv_features = out_features or in_features, in_kv_features or in_features
+        qkv_features, out_features, in_kv_features = (
+            in_features if n is None else n for n in (qkv_features, out_features, in_kv_features)
+        )
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_sizes(in_features=in_features, num_heads=num_heads, num_kv_heads=num_kv_heads, qkv_features=qkv_features)
+        check_window(window)
+        check_form(impl, block)
         _check_heads(qkv_features, num_heads, num_kv_heads, rope_theta)
         width = qkv_features // num_heads
 
@@ -106,7 +112,7 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_features = num_heads, num_kv_heads, width
         self.rope_theta, self.window = rope_theta, window
         self.impl, self.block = impl, block
-        self.dtype = dtype
+        self.dtype = compute_dtype(dtype)
 
     def prepare(self, x: Array) -> Array:
         """Return queries or keys (b, t, h, k) as the score takes them; keys are cached like that."""
@@ -144,6 +150,7 @@ class Attention(nnx.Module):
           positions: (b, t), for the rotation alone; counted from 0, or from the cache's length. In cross attention a
             pair.
           cache: the keys and values before x, of `init_cache`; x's own are written behind them, and s is its length.
+            It must have room for them: under `jit`, where its length is not known, what does not fit overwrites.
 
         Returns:
           (b, t, out_features), exact zeros before the output map where a query sees nothing; the cache with x in it.
@@ -154,6 +161,7 @@ class Attention(nnx.Module):
         self._check_call(x, context, is_causal, segments, cache)
         q, k, v = self._project(x, x if context is None else context, positions, cache)
         if cache is not None:
+            _check_room(cache, x.shape[1])
             at = (0, cache.length, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), at)
             v = jax.lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), at)
@@ -203,6 +211,8 @@ class Attention(nnx.Module):
                 f"x is {x.shape} and what keys come from {source.shape}; "
                 f"they must be (b, t, {self.in_features}) and (b, s, {self.in_kv_features})."
             )
+        if not x.size or not source.size:
+            raise ValueError(f"x is {x.shape} and what keys come from {source.shape}; both need a position at least.")
         if context is not None and (is_causal or self.window is not None or cache is not None):
             raise ValueError(
                 f"context is given with is_causal={is_causal}, window={self.window} and cache={cache is not None}; "
@@ -291,10 +301,18 @@ class YatAttention(YatUnit, Attention):
         return Normalization(self.normalization, self.power, constant)
 
 
+def _check_room(cache: KVCache, positions: int) -> None:
+    if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) + positions > cache.key.shape[1]:
+        raise ValueError(
+            f"cache holds {int(cache.length)} of {cache.key.shape[1]} positions and x has {positions} more; "
+            "make a longer one with init_cache."
+        )
+
+
 def _check_heads(features: int, heads: int, kv_heads: int, rope_theta: float | None) -> None:
-    if heads < 1 or features % heads:
+    if features % heads:
         raise ValueError(f"qkv_features is {features} and num_heads {heads}; the first must be a multiple.")
-    if kv_heads < 1 or heads % kv_heads:
+    if heads % kv_heads:
         raise ValueError(f"num_heads is {heads} and num_kv_heads {kv_heads}; the first must be a multiple.")
     if rope_theta is not None and features // heads % 2:
         raise ValueError(f"qkv_features / num_heads is {features // heads}; rotary positions need it to be even.")

@@ -1,6 +1,7 @@
 """Convolutional ⵟ layers: prototypes that are compared with every patch of the input."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
 import jax
@@ -21,6 +22,7 @@ from aether.kernels.window import (
     transposed_window,
 )
 from aether.kernels.yat import ill_conditioned, unit
+from aether.nn.param import compute_dtype
 from aether.nn.prototypes import Prototypes, draw_prototypes, operand
 from aether.nn.yat import LayerOptions, YatUnit, check_distance, kernel_options, unit_options
 
@@ -90,7 +92,7 @@ class _Convolution(YatUnit, Prototypes):
         return jnp.moveaxis(patches, 2, 0).reshape(self.groups, len(patches), -1)
 
     def _sizes(self, kernel_size: Sizes) -> tuple[int, ...]:
-        axes = self.spatial or (1 if isinstance(kernel_size, int) else max(len(kernel_size), 1))
+        axes = self.spatial or (max(len(kernel_size), 1) if isinstance(kernel_size, Sequence) else 1)
         return per_axis(kernel_size, axes, "kernel_size")
 
 
@@ -155,7 +157,7 @@ class YatConv(_Convolution):
         self.input_dilation = per_axis(input_dilation, n, "input_dilation")
         self.padding = check_padding(padding, n, CONV_PADDINGS, dilated=max(self.input_dilation) > 1)
         self.kernel_dilation = per_axis(kernel_dilation, n, "kernel_dilation")
-        self.spherical, self.distance, self.dtype = spherical, check_distance(distance), dtype
+        self.spherical, self.distance, self.dtype = spherical, check_distance(distance), compute_dtype(dtype)
 
     def window(self, x: Array) -> tuple[Array, Window]:
         """Return the window over x (b, spatial..., in_features), and x wrapped or reflected if the padding says so."""
@@ -230,7 +232,7 @@ class YatConvTranspose(_Convolution):
         self.strides = per_axis(strides, n, "strides")
         self.padding = check_padding(padding, n, TRANSPOSED_PADDINGS)
         self.kernel_dilation = per_axis(kernel_dilation, n, "kernel_dilation")
-        self.spherical, self.distance, self.dtype = spherical, check_distance(distance), dtype
+        self.spherical, self.distance, self.dtype = spherical, check_distance(distance), compute_dtype(dtype)
 
     def window(self, x: Array) -> tuple[Array, Window]:
         """Return the window over x (b, spatial..., in_features), and x wrapped if the padding is CIRCULAR."""

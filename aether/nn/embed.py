@@ -8,8 +8,10 @@ from flax import nnx
 from jax import Array
 
 from aether.kernels.yat import unit, yat
-from aether.nn.param import Axes, Initializer
+from aether.nn.param import Axes, Initializer, check_sizes, compute_dtype
 from aether.nn.yat import UnitOptions, YatUnit, check_distance
+
+_OF_BIAS = ("constant_bias", "softplus_bias", "scalar_bias", "bias_init")
 
 
 class YatEmbed(YatUnit):
@@ -29,7 +31,7 @@ class YatEmbed(YatUnit):
       axes: logical names of the table's two axes.
       dtype: compute dtype, and that of the results; parameters are float32.
       rngs: source of the initial parameters.
-      **options: see `UnitOptions`; `use_bias` is False by default.
+      **options: see `UnitOptions`; there is a bias only if one of its options is given.
 
     Raises:
       ValueError: an option is out of its range.
@@ -49,16 +51,15 @@ class YatEmbed(YatUnit):
         rngs: nnx.Rngs,
         **options: Unpack[UnitOptions],
     ):
-        if num_embeddings < 1 or features < 1:
-            raise ValueError(f"num_embeddings and features are {num_embeddings} and {features}; both must be above 0.")
+        check_sizes(num_embeddings=num_embeddings, features=features)
         init = embedding_init or jax.nn.initializers.normal(features**-0.5)
         self.embedding = nnx.Param(init(rngs.params(), (num_embeddings, features), jnp.float32), axes=axes)
-        options.setdefault("use_bias", False)
+        options.setdefault("use_bias", any(name in options for name in _OF_BIAS))
         self.init_unit((num_embeddings,), (1,), axes[:1], rngs=rngs, **options)
         self.spherical = spherical
         self.weight_normalized = weight_normalized
         self.distance = check_distance(distance)
-        self.dtype = dtype
+        self.dtype = compute_dtype(dtype)
 
     def __call__(self, ids: Array) -> Array:
         """Return the rows of `ids`, (..., features), in the compute dtype.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.nn.param import constant, normal
+from aether.nn.param import check_sizes, compute_dtype, constant, normal
 
 
 class Linear(nnx.Module):
@@ -32,10 +32,11 @@ class Linear(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
+        check_sizes(in_features=in_features, out_features=out_features)
         std = in_features**-0.5 if std is None else std
         self.kernel = normal(rngs.params(), (in_features, out_features), std, axes)
         self.bias = constant((out_features,), 0.0, axes[1:]) if use_bias else None
-        self.dtype = dtype
+        self.dtype = compute_dtype(dtype)
 
     def __call__(self, x: Array) -> Array:
         """Map (..., in_features) to (..., out_features) in the compute dtype."""

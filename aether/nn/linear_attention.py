@@ -14,7 +14,8 @@ from aether.kernels.linear_attention import LinearState, init_state, linear_atte
 from aether.kernels.rope import rotate
 from aether.kernels.yat import unit
 from aether.nn.linear import Linear
-from aether.nn.param import normal
+from aether.nn.param import check_sizes, compute_dtype, normal
+from aether.nn.prototypes import operand
 
 FEATURES = ("anchored", "taylor", "slay")
 
@@ -72,15 +73,14 @@ class YatLinearAttention(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        if num_heads < 1 or in_features % num_heads:
+        check_sizes(in_features=in_features, num_heads=num_heads, num_features=num_features, block=block, chunk=chunk)
+        if in_features % num_heads:
             raise ValueError(
                 f"in_features is {in_features} and num_heads {num_heads}; in_features must be a multiple of num_heads."
             )
         width = in_features // num_heads
         if rope_theta is not None and width % 2:
             raise ValueError(f"rope_theta is {rope_theta} and the head width {width}; rotation needs an even width.")
-        if min(block, chunk) < 1:
-            raise ValueError(f"block is {block} and chunk {chunk}; both must be at least 1.")
         if tail_probability and features != "taylor":
             raise ValueError(
                 f"tail_probability is {tail_probability}, features {features!r}; only 'taylor' has a tail."
@@ -101,7 +101,7 @@ class YatLinearAttention(nnx.Module):
         self.query, self.key, self.value = (linear(("embed", "heads")) for _ in range(3))
         self.out = linear(("heads", "embed"))
         self.num_heads, self.num_features, self.width = num_heads, num_features, width
-        self.rope_theta, self.feature_seed, self.dtype = rope_theta, feature_seed, dtype
+        self.rope_theta, self.feature_seed, self.dtype = rope_theta, feature_seed, compute_dtype(dtype)
         self.block, self.chunk = block, chunk
 
     def __call__(
@@ -132,7 +132,10 @@ class YatLinearAttention(nnx.Module):
         if cache is not None and positions is None and self.rope_theta is not None:
             raise ValueError("positions is None with a cache and rope_theta; give the positions of x, (batch, length).")
         q, k = self.prepare(x, positions)
-        v = self.value(x).reshape(q.shape)
+        fresh = jax.eval_shape(lambda: self.init_cache(len(x)))
+        if cache is not None and jax.tree.map(jnp.shape, cache) != jax.tree.map(jnp.shape, fresh):
+            raise ValueError(f"cache is {jax.tree.map(jnp.shape, cache)}; init_cache({len(x)}) makes one that fits x.")
+        v = self.value(x.astype(self.dtype)).reshape(q.shape)
         phi, floor = self.feature_map()
         if segments is None and is_causal:
             start = self.init_cache(len(x)) if cache is None else cache
@@ -153,9 +156,12 @@ class YatLinearAttention(nnx.Module):
 
     def prepare(self, x: Array, positions: Array | None = None) -> tuple[Array, Array]:
         """Return the unit queries and keys (b, t, h, k) of x, rotated."""
-        if x.ndim != 3 or x.shape[-1] != self.num_heads * self.width:
-            raise ValueError(f"x is {x.shape}; it must be (batch, length, {self.num_heads * self.width}).")
+        x = operand(x, self.num_heads * self.width, self.dtype)
+        if x.ndim != 3 or not x.size:
+            raise ValueError(f"x is {x.shape}; it must be (b, t, in_features) with at least one position.")
         b, t, _ = x.shape
+        if positions is not None and positions.shape != (b, t):
+            raise ValueError(f"positions is {positions.shape}; it must be {(b, t)}, one for each position of x.")
         q, k = (f(x).reshape(b, t, self.num_heads, self.width) for f in (self.query, self.key))
         if self.rope_theta is not None:
             positions = jnp.broadcast_to(jnp.arange(t), (b, t)) if positions is None else positions

@@ -5,6 +5,7 @@ The names are `vocab`, `embed`, `heads`, `mlp`, `position` and `layers`; `aether
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import TypeVar
 
 import jax
@@ -19,6 +20,24 @@ M = TypeVar("M", bound=nnx.Module)
 
 class FrozenParam(nnx.Variable):
     """An array that is saved with the parameters and not trained: `nnx.Param` does not select it."""
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise a `ValueError` that names the first of `sizes` that is no integer above 0."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1.")
+
+
+def compute_dtype(dtype: str) -> str:
+    """Return `dtype` if it names a floating dtype; ValueError otherwise."""
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"dtype is {dtype!r}; it must be a floating dtype, such as float32 or bfloat16.")
+    return dtype
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, axes: Axes) -> nnx.Param:

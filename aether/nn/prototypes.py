@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from aether.kernels.yat import unit
-from aether.nn.param import Axes, FrozenParam, Initializer
+from aether.nn.param import Axes, FrozenParam, Initializer, check_sizes
 
 _SEEDINGS = ("sample", "kmeans++")
 
@@ -77,8 +77,9 @@ class Prototypes(nnx.Module):
         """Create `kernel`, or keep `kernel_bank`; the options are those of `KernelOptions`.
 
         Raises:
-          ValueError: `drop_rate` is not in [0, 1), or the bank's kernel does not fit.
+          ValueError: a size is below 1, `drop_rate` is not in [0, 1), or the bank does not fit these options.
         """
+        check_sizes(in_features=shape[-2], out_features=shape[-1])
         if not 0.0 <= drop_rate < 1.0:
             raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1).")
         self.kernel_shape = shape
@@ -86,6 +87,10 @@ class Prototypes(nnx.Module):
         self.drop_rate = drop_rate
         self.kernel_bank = kernel_bank
         if kernel_bank is not None:
+            if kernel_init is not None or positive_init or freeze_kernel:
+                raise ValueError(
+                    "kernel_bank is given with kernel_init, positive_init or freeze_kernel; those are the bank's own."
+                )
             bank = kernel_bank.kernel[...].shape
             if bank[:-1] != shape[:-1] or bank[-1] < shape[-1]:
                 raise ValueError(f"kernel_bank is {bank}, the layer needs {shape}; only the last axis may be longer.")
@@ -143,6 +148,8 @@ def draw_prototypes(x: Array, count: int, key: Array, *, method: str = "kmeans++
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if len(x) < count:
         raise ValueError(f"x has {len(x)} rows and {count} prototypes are to be drawn; give at least as many rows.")
+    if not 0.0 <= noise < float("inf"):
+        raise ValueError(f"noise is {noise}; it must be finite and not negative.")
     if method not in _SEEDINGS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(_SEEDINGS)}.")
     choose, shake = jax.random.split(key)

@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 
 from aether.kernels.squash import soft_tanh, softer_sigmoid
-from aether.nn.param import Initializer, softplus_inverse
+from aether.nn.param import Initializer, compute_dtype, softplus_inverse
 from aether.nn.yat import UnitOptions, YatNMN
 
 _ALPHA_OPTIONS = {"use_alpha", "constant_alpha", "alpha_init"}
@@ -89,7 +89,7 @@ class YatCell(nnx.RNNCellBase):
             **_start(options, *start, np.ones(gates * width)),
         )
         self.hidden_features = hidden_features
-        self.dtype = dtype
+        self.dtype = compute_dtype(dtype)
 
     def initialize_carry(
         self,
@@ -206,6 +206,7 @@ def scan(cell: YatCell, xs: Array, carry: Any = None, *, reverse: bool = False) 
         raise ValueError(f"xs is {xs.shape}; it must be (..., time, in_features).")
     if carry is None:
         carry = cell.initialize_carry(xs.shape[:-2] + xs.shape[-1:])
+    carry = jax.tree.map(lambda c: c.astype(jnp.float32), carry)
     mapped = jnp.moveaxis(cell.dense_i(xs), -2, 0)
     carry, ys = jax.lax.scan(cell.advance, carry, mapped, reverse=reverse)
     return carry, jnp.moveaxis(ys, 0, -2)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.kernels.yat import DISTANCES, ill_conditioned, unit, yat
-from aether.nn.param import Axes, Initializer, constant, softplus_inverse
+from aether.kernels.yat import DISTANCES, check_epsilon, ill_conditioned, unit, yat
+from aether.nn.param import Axes, Initializer, compute_dtype, constant, softplus_inverse
 from aether.nn.prototypes import KernelOptions, Prototypes, draw_prototypes, operand
 
 
@@ -29,7 +29,7 @@ class UnitOptions(TypedDict, total=False):
     use_alpha: bool
     """Have an output scale α; True by default."""
     constant_alpha: bool | float | None
-    """Fix α at this number; True means √2."""
+    """Fix α at this number; True means √2, False is as None: learn it."""
     alpha_init: float | Initializer
     """The initial α; 1 by default."""
     epsilon: float
@@ -68,8 +68,15 @@ class YatUnit(nnx.Module):
         Raises:
           ValueError: ε, a constant or an initial value is out of its range, or two options exclude one another.
         """
-        if not (math.isfinite(epsilon) and epsilon > 0):
-            raise ValueError(f"epsilon is {epsilon}; it must be a positive finite number, such as 1e-5.")
+        check_epsilon(epsilon)
+        _check_finite(
+            constant_bias=constant_bias, bias_init=bias_init, constant_alpha=constant_alpha, alpha_init=alpha_init
+        )
+        if not use_bias and (softplus_bias or scalar_bias):
+            raise ValueError(
+                f"softplus_bias is {softplus_bias} and scalar_bias {scalar_bias} without a bias; have one."
+            )
+        constant_alpha = None if constant_alpha is False else constant_alpha
         if constant_bias is not None and (softplus_bias or scalar_bias or not use_bias):
             raise ValueError(
                 f"constant_bias is {constant_bias} and use_bias, softplus_bias, scalar_bias are {use_bias}, "
@@ -85,7 +92,8 @@ class YatUnit(nnx.Module):
         self.epsilon_param = constant(shape, softplus_inverse(epsilon), shared) if learnable_epsilon else None
         self.softplus_bias = softplus_bias
         self.constant_bias = constant_bias or 0.0
-        self.constant_alpha = math.sqrt(2.0) if constant_alpha is True else float(constant_alpha or 1.0)
+        fixed = 1.0 if constant_alpha is None else float(constant_alpha)
+        self.constant_alpha = math.sqrt(2.0) if constant_alpha is True else fixed
         self.epsilon = epsilon
 
     def unit(self) -> dict[str, Any]:
@@ -99,6 +107,12 @@ class YatUnit(nnx.Module):
             epsilon=self.epsilon if self.epsilon_param is None else jax.nn.softplus(self.epsilon_param[...]),
             nonnegative_bias=self.softplus_bias or (self.bias is None and self.constant_bias >= 0),
         )
+
+
+def _check_finite(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, int | float) and not math.isfinite(number):
+            raise ValueError(f"{name} is {number}; it must be finite.")
 
 
 def _start(init: float | Initializer, shape: tuple[int, ...], axes: Axes, rngs: nnx.Rngs) -> nnx.Param:
@@ -161,7 +175,7 @@ class YatNMN(YatUnit, Prototypes):
         self.init_unit((out_features,), (1,), axes[1:], rngs=rngs, **unit_options(options))
         self.spherical = spherical
         self.distance = check_distance(distance)
-        self.dtype = dtype
+        self.dtype = compute_dtype(dtype)
 
     def __call__(self, x: Array, *, key: Array | None = None) -> Array:
         """Map (..., in_features) to (..., out_features), float32 accumulation, in the compute dtype.
@@ -176,6 +190,7 @@ class YatNMN(YatUnit, Prototypes):
 
     def init_from_data(self, x: Array, key: Array, *, method: str = "kmeans++", noise: float = 0.0) -> None:
         """Make rows of `x` (..., in_features) the prototypes; arguments and errors of `draw_prototypes`."""
+        x = operand(x, self.kernel_shape[0], "float32")
         self.set_prototypes(draw_prototypes(x, self.kernel_shape[1], key, method=method, noise=noise))
 
     def ill_conditioned(self, x: Array, threshold: float = 1e3) -> Array:
@@ -183,6 +198,7 @@ class YatNMN(YatUnit, Prototypes):
 
         See `aether.kernels.yat.ill_conditioned`; a debugging aid, as slow as the exact distance.
         """
+        x = operand(x, self.kernel_shape[0], self.dtype)
         x, kernel = x.reshape(-1, x.shape[-1]), self.prototypes(None, self.dtype)
         if self.spherical:
             x, kernel = unit(x), unit(kernel, 0)

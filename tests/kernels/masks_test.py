@@ -77,7 +77,7 @@ def test_the_span_is_just_the_blocks_with_something_in_them(name):
 
 
 BAD = [
-    (dict(window=0), "window is 0; it must be at least 1"),
+    (dict(window=0), "window is 0; it must be an integer of at least 1"),
     (dict(query_segments=jnp.zeros((B, T))), "query_segments and key_segments go together"),
     (dict(query_segments=jnp.zeros((B, T)), key_segments=jnp.zeros((B, T))), r"key_segments is \(2, 5\).*\(2, 8\)"),
     (dict(valid=jnp.ones((B, T), bool)), r"valid is \(2, 5\); it must be \(2, 8\)"),

@@ -314,6 +314,7 @@ def test_exact_third_derivatives_are_finite_and_right_at_the_prototype():
 
     first, second = jax.grad(along), jax.grad(jax.grad(along))
     got = jax.jit(lambda t: (along(t), first(t), second(t), jax.grad(second)(t)))(0.0)
+    np.testing.assert_allclose(jax.jit(jax.hessian(along))(0.0), got[2], atol=1e-5)  # forward over reverse mode
     np.testing.assert_allclose(got, [1.0, 2.0, 0.0, -12.0], atol=1e-5)
 
 
@@ -333,6 +334,11 @@ def test_operands_that_do_not_fit_are_refused():
         yat(x, jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="vectors of 3 and w of 4"):
         yat(x, jnp.ones((2, 4)), transposed=True)
+    for wrong in (-1.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"epsilon is {wrong}; it must be a positive finite number"):
+            yat(x, jnp.ones((3, 2)), epsilon=wrong)
+    with pytest.raises(ValueError, match=r"x is \(3,\) and w \(3, 2\)"):
+        yat(x[0], jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="distance is 'near'; it must be one of expanded, exact"):
         yat(x, jnp.ones((3, 2)), distance="near")
     with pytest.raises(ValueError, match="x and w are int32; they must be of a floating dtype"):

@@ -230,7 +230,7 @@ BAD_OPTIONS = [
     (dict(heads=3), "qkv_features is 8 and num_heads 3"),
     (dict(num_kv_heads=3), "num_heads is 4 and num_kv_heads 3"),
     (dict(qkv_features=12, rope_theta=10.0), "qkv_features / num_heads is 3; rotary"),
-    (dict(window=0), "window is 0; it must be at least 1"),
+    (dict(window=True), "window is True; it must be an integer of at least 1"),
     (dict(impl="flash"), "impl is 'flash'; it must be one of plain, blockwise"),
     (dict(block=0), "block is 0"),
     (dict(normalization="L1"), "normalization is 'L1'; it must be one of softmax, l1, softermax"),
@@ -273,3 +273,48 @@ def test_bad_calls_are_named():
     for module, args, options, message in bad:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda a, m=module, o=options: m(*a, **o)[0], args)
+
+
+@pytest.mark.parametrize("impl", ["plain", "blockwise"])
+def test_heads_may_share_one_bias(rng, impl):
+    x = jnp.asarray(rng.normal(size=(1, 5, 8)), jnp.float32)
+    shared = dict(softplus_bias=True, bias_init=0.3, epsilon=0.5, impl=impl, block=2)
+    one, each = (YatAttention(8, 2, scalar_bias=b, **shared, rngs=nnx.Rngs(0)) for b in (True, False))
+    assert one.bias[...].shape == (1,) and each.bias[...].shape == (2,)
+
+    def run(layer):
+        graph, params = nnx.split(layer)
+        return jax.jit(lambda p: jax.value_and_grad(lambda p: (nnx.merge(graph, p)(x)[0] ** 2).sum())(p))(params)
+
+    (y, grads), (want, right) = run(one), run(each)
+    np.testing.assert_allclose(y, want, rtol=1e-5)
+    np.testing.assert_allclose(grads["bias"][...][0], right["bias"][...].sum(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_full_cache_is_named():
+    layer = YatAttention(8, 2, rngs=nnx.Rngs(0))
+    _, cache = layer(jnp.ones((1, 4, 8)), cache=layer.init_cache(1, 6))
+    with pytest.raises(ValueError, match="cache holds 4 of 6 positions and x has 3 more"):
+        layer(jnp.ones((1, 3, 8)), cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_kv_heads=0), "num_kv_heads is 0; it must be an integer"),
+        (dict(window=2.5), "window is 2.5; it must be an integer"),
+        (dict(window=0), "window is 0"),
+        (dict(impl="foo"), "impl is 'foo'; it must be one of plain, blockwise"),
+        (dict(dtype="int8"), "dtype is 'int8'"),
+    ],
+)
+def test_options_are_checked_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        YatAttention(8, 2, **options, rngs=nnx.Rngs(0))
+
+
+def test_wavelengths_and_empty_inputs_are_checked():
+    with pytest.raises(ValueError, match="theta is -1.0; it must be a positive"):
+        YatAttention(8, 2, rope_theta=-1.0, rngs=nnx.Rngs(0))(jnp.ones((1, 3, 8)))
+    with pytest.raises(ValueError, match=r"\(0, 3, 8\)"):
+        YatAttention(8, 2, rngs=nnx.Rngs(0))(jnp.ones((0, 3, 8)))

@@ -165,7 +165,7 @@ def test_options_of_prototypes_reach_the_kernel(rng):
         unit = [YatConvTranspose(3, 4, weight_normalized=True, transpose_kernel=t, **options) for t in (False, True)]
         dropped = YatConv(3, 4, drop_rate=0.5, **options)
         bank = KernelBank((2, 3, 8), kernel_init=plain, rngs=nnx.Rngs(0))
-        shared = YatConv(3, 4, kernel_bank=bank, **options)
+        shared = YatConv(3, 4, (2,), kernel_bank=bank, rngs=nnx.Rngs(0))
         return (
             [layer.prototypes(None, "float32") for layer in unit],
             (dropped(x, key=jax.random.key(0)), dropped(x)),
@@ -242,3 +242,8 @@ def test_inputs_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             layer(x)
+
+
+def test_an_empty_batch_gives_an_empty_batch():
+    layer = YatConv(4, 6, np.int64(3), feature_group_count=2, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((0, 8, 4))).shape == (0, 8, 6)

@@ -107,7 +107,7 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=said):
             make(**options)
-    with pytest.raises(ValueError, match="num_embeddings and features are 0 and 6"):
+    with pytest.raises(ValueError, match="num_embeddings is 0; it must be an integer"):
         YatEmbed(0, 6, rngs=nnx.Rngs(0))
 
 

@@ -168,10 +168,10 @@ def test_can_be_stacked_and_runs_in_bfloat16(x):
         (dict(bias=-1.0), "bias is -1.0"),
         (dict(epsilon=float("inf")), "epsilon is inf"),
         (dict(num_heads=3), "in_features is 16 and num_heads 3"),
-        (dict(num_heads=0), "num_heads 0"),
+        (dict(num_heads=0), "num_heads is 0"),
         (dict(num_heads=16, rope_theta=1e4), "head width 1; rotation needs an even width"),
         (dict(tail_probability=0.5), "tail_probability is 0.5, features 'anchored'"),
-        (dict(chunk=0), "chunk 0"),
+        (dict(chunk=0), "chunk is 0"),
         (dict(block=0), "block is 0"),
     ],
 )
@@ -184,7 +184,7 @@ def test_bad_construction_is_named(change, words):
 def test_bad_calls_are_named(x):
     module = layer(rope_theta=100.0)
     for arguments, words in (
-        (dict(x=x[..., :8]), r"x is \(2, 11, 8\); it must be \(batch, length, 16\)"),
+        (dict(x=x[..., :8]), r"x is \(2, 11, 8\) and in_features is 16"),
         (dict(x=x, mask=jnp.ones((2, 3), bool)), r"mask is \(2, 3\)"),
         (dict(x=x, cache=module.init_cache(2)), "positions is None"),
         (dict(x=x, cache=module.init_cache(2), is_causal=False), "cache is given with is_causal=False"),
@@ -203,3 +203,34 @@ def test_heads_are_factored_one_after_the_other():
     jaxpr = jax.make_jaxpr(jax.grad(lambda p: nnx.merge(graph, p)(x)[0].sum()))(params)
     calls = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("cholesky", "triangular_solve", "qr")]
     assert len(calls) >= 3 and all(v.aval.ndim == 2 for e in calls for v in e.invars)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1e-3])
+def test_equal_anchors_have_a_factor(epsilon):
+    """Texts repeat tokens: k-means then gives equal anchors, and a Gram matrix whose rounding must not matter."""
+    layer = YatLinearAttention(16, 1, num_features=97, epsilon=epsilon, rngs=nnx.Rngs(0))
+    x = jnp.tile(jax.random.normal(jax.random.key(1), (1, 5, 16)), (1, 20, 1))
+    layer.fit(x, jax.random.key(0))
+    graph, params = nnx.split(layer)
+    value = jax.jit(jax.value_and_grad(lambda p: (nnx.merge(graph, p)(x)[0] ** 2).sum()))
+    y, grads = value(params)
+    assert y > 1.0 and all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_what_is_not_a_number_stays_so():
+    layer = YatLinearAttention(16, 1, num_features=30, rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 6, 16)).at[0, 2].set(jnp.nan)
+    assert jnp.isnan(layer(x)[0][0, 2:]).all()
+
+
+def test_inputs_that_do_not_fit_are_named_as_elsewhere():
+    layer = YatLinearAttention(16, 1, num_features=30, rope_theta=1e4, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 4, 16))
+    for call, message in [
+        (lambda: layer(x.astype(int)), "x is int32; cast it"),
+        (lambda: layer(x[:, :0]), r"x is \(2, 0, 16\)"),
+        (lambda: layer(x, jnp.arange(4)), r"positions is \(4,\); it must be \(2, 4\)"),
+        (lambda: layer(x, jnp.zeros((2, 4), int), cache=layer.init_cache(1)), r"init_cache\(2\) makes one that fits"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -133,6 +133,11 @@ def test_bad_arguments_are_named(rng):
     x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     for wrong, message in [
         (lambda: make(drop_rate=1.0), "drop_rate is 1.0; it must be in"),
+        (lambda: draw_prototypes(x, 2, jax.random.key(0), noise=-1.0), "noise is -1.0"),
+        (
+            lambda: make(kernel_bank=KernelBank((6, 5), rngs=nnx.Rngs(0)), freeze_kernel=True),
+            "kernel_bank is given with kernel_init, positive_init or freeze_kernel",
+        ),
         (lambda: make().init_from_data(x, jax.random.key(0)), "x has 3 rows and 4 prototypes"),
         (lambda: draw_prototypes(x, 2, jax.random.key(0), method="best"), "method is 'best'; it must be one of sample"),
     ]:

@@ -71,6 +71,8 @@ def test_every_parameter_learns(rng):
         (dict(constant_bias=-0.5), {"kernel", "alpha"}, dict(bias=-0.5, nonnegative_bias=False)),
         (dict(constant_alpha=True), {"kernel", "bias"}, dict(alpha=2.0**0.5)),
         (dict(constant_alpha=3.0), {"kernel", "bias"}, dict(alpha=3.0)),
+        (dict(constant_alpha=0.0), {"kernel", "bias"}, dict(alpha=0.0)),
+        (dict(constant_alpha=False), {"kernel", "bias", "alpha"}, dict(alpha=1.0)),
         (dict(softplus_bias=True), {"kernel", "bias", "alpha"}, dict(bias=np.log(2.0), nonnegative_bias=True)),
         (dict(scalar_bias=True, bias_init=0.3), {"kernel", "bias", "alpha"}, dict(bias=0.3)),
         (
@@ -109,6 +111,14 @@ def test_a_layer_counts_its_ill_conditioned_pairs(rng, spherical):
     [
         (dict(epsilon=-1.0), "epsilon is -1.0; it must be a positive finite number"),
         (dict(epsilon=0.0), "epsilon is 0.0"),
+        (dict(epsilon=1e-60), "epsilon is 1e-60"),  # 0 in float32
+        (dict(epsilon="a"), "epsilon is 'a'"),
+        (dict(constant_alpha=float("nan")), "constant_alpha is nan; it must be finite"),
+        (dict(bias_init=float("inf")), "bias_init is inf; it must be finite"),
+        (dict(use_bias=False, scalar_bias=True), "scalar_bias True without a bias"),
+        (dict(dtype="float33"), "dtype is 'float33'; it must be a floating dtype"),
+        (dict(dtype="int32"), "dtype is 'int32'"),
+        (dict(drop_rate=-0.1), "drop_rate is -0.1"),
         (dict(epsilon=float("nan")), "epsilon is nan"),
         (dict(epsilon=float("inf")), "epsilon is inf"),
         (dict(constant_bias=0.1, use_bias=False), "constant_bias is 0.1 and use_bias"),
@@ -127,5 +137,11 @@ def test_inputs_that_do_not_fit_are_named():
         make()(jnp.ones((2, 5)))
     with pytest.raises(ValueError, match="x is int32; cast it to a floating dtype such as float32"):
         make()(jnp.ones((2, 6), int))
+    for use in (lambda x: make().init_from_data(x, jax.random.key(0)), make().ill_conditioned):
+        with pytest.raises(ValueError, match=r"x is \(9, 5\) and in_features is 6"):
+            use(jnp.ones((9, 5)))
+    for sizes, name in [((0, 3), "in_features is 0"), ((3, 2.0), "out_features is 2.0")]:
+        with pytest.raises(ValueError, match=name):
+            YatNMN(*sizes, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="unexpected keyword argument 'biased'"):
         YatNMN(6, 4, biased=True, rngs=nnx.Rngs(0))
