@@ -187,7 +187,10 @@ def _wrong_value(message: str, values: flags.FlagValues) -> str:
     if not match:
         return f"{message.splitlines()[0]}."
     name, text = match.groups()
-    return f"--{name} is {text!r}; it takes {values[name].parser.syntactic_help or 'true or false'}."
+    parser = values[name].parser
+    if isinstance(parser, flags.EnumParser):
+        return f"--{name} is {text!r}; it takes one of {', '.join(parser.enum_values)}."
+    return f"--{name} is {text!r}; it takes {parser.syntactic_help or 'true or false'}."
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

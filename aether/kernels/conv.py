@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from aether.kernels.window import Padding, Sizes, Window, conv_window, transposed_window
-from aether.kernels.yat import DISTANCES, check_epsilon, ratio, ratio_of, squared_distances
+from aether.kernels.yat import check_distance, check_epsilon, ratio, ratio_of, squared_distances
 
 _TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 
@@ -158,8 +158,7 @@ def yat_windows(
 
     The arguments are those of `Unit`; `yat_conv` and `yat_conv_transpose` make the window.
     """
-    if distance not in DISTANCES:
-        raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
+    check_distance(distance)
     check_epsilon(epsilon)
     groups, outputs = window.groups, w.shape[-1]
     dtype = jnp.dtype(dtype or x.dtype)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from aether.kernels.yat import unit
+from aether.kernels.yat import check_epsilon, product, unit
 
 _JITTER = 1e-5  # of the anchors' Gram matrix, relative to its diagonal
 static = partial(field, metadata=dict(static=True))
@@ -46,8 +46,7 @@ def check(width: int, bias: float, epsilon: float) -> None:
         raise ValueError(f"width is {width}; the head width must be at least 2.")
     if not 0 <= bias < math.inf:
         raise ValueError(f"bias is {bias}; it must be finite and not negative, or κ is not positive semi-definite.")
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon is {epsilon}; it must be finite and positive.")
+    check_epsilon(epsilon)
 
 
 @jax.tree_util.register_dataclass
@@ -293,4 +292,4 @@ def haar(key: Array, count: int, width: int) -> Array:
 def _dot(x: Array, w: Array) -> Array:
     """Return the products of vectors (..., d) with rows (..., n, d) of `w`, in float32."""
     equation = "...d,nd->...n" if w.ndim == 2 else "...d,rnd->...rn"
-    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32, precision="highest")
+    return product(equation, x, jnp.asarray(w, x.dtype))

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from aether.kernels.yat import product
+
 
 class LinearState(NamedTuple):
     """What decoding keeps of the keys so far: Σ φ(k)⊗v (b, h, m, k), Σ φ(k) (b, h, m) and their number (b,)."""
@@ -62,7 +64,7 @@ def step(
     phi_k, values, admitted = _admit(phi_k, v, mask)
     before = jnp.concatenate([state.kv, state.k[..., None]], -1)
     sums = causal_sums(phi_q, phi_k, values, jnp.zeros(v.shape[:2], jnp.int32), chunk, False)
-    sums += jnp.einsum("bthm,bhmk->bthk", phi_q.astype(jnp.float32), before)
+    sums += product("bthm,bhmk->bthk", phi_q.astype(jnp.float32), before)
     count = state.number[:, None] + jnp.cumsum(admitted, 1)
     after = before + _state(phi_k, values)
     y = divide(sums[..., :-1], sums[..., -1], count[..., None], floor).astype(v.dtype)
@@ -149,7 +151,7 @@ def linear_attention(
     _check(phi_q, phi_k, v, causal, chunk, mask, segments, floor)
     phi_k, values, admitted = _admit(phi_k, v, mask)
     if not causal and segments is None:
-        sums = jnp.einsum("bthm,bhmk->bthk", phi_q.astype(jnp.float32), _state(phi_k, values))
+        sums = product("bthm,bhmk->bthk", phi_q.astype(jnp.float32), _state(phi_k, values))
         count = jnp.sum(admitted, 1, keepdims=True)
     else:
         documents = jnp.zeros(v.shape[:2], jnp.int32) if segments is None else segments.astype(jnp.int32)
@@ -210,10 +212,10 @@ def _one_chunk(strict, carry, parts):
     positions = jnp.arange(q.shape[1])
     earlier = positions[:, None] > positions if strict else positions[:, None] >= positions
     pairs = earlier & (segments[:, :, None] == segments[:, None, :])
-    scores = jnp.einsum("bthm,bshm->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = product("bthm,bshm->bhts", q, k)
     scores = jnp.where(pairs[:, None], scores, 0.0)
-    within = jnp.einsum("bhts,bshk->bthk", scores, v.astype(jnp.float32))
-    before = jnp.einsum("bthm,bhmk->bthk", q.astype(jnp.float32), state)
+    within = product("bhts,bshk->bthk", scores, v.astype(jnp.float32))
+    before = product("bthm,bhmk->bthk", q.astype(jnp.float32), state)
     sums = within + jnp.where((segments == last[:, None])[..., None, None], before, 0.0)
     end = segments[:, -1]
     kept = jnp.where((segments == end[:, None])[..., None, None], k, 0)
@@ -222,7 +224,7 @@ def _one_chunk(strict, carry, parts):
 
 
 def _state(k: Array, v: Array) -> Array:
-    return jnp.einsum("bshm,bshk->bhmk", k, v, preferred_element_type=jnp.float32)
+    return product("bshm,bshk->bhmk", k, v)
 
 
 def _admit(phi_k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array]:

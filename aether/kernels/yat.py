@@ -40,6 +40,13 @@ def check_epsilon(epsilon: Any) -> None:
         raise ValueError(f"epsilon is {epsilon!r}; it must be a positive finite number, such as 1e-5.")
 
 
+def check_distance(distance: str) -> str:
+    """Return `distance` if there is such a form; ValueError otherwise."""
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
+    return distance
+
+
 def unit(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     """Return x/‖x‖ along `axis`, in x's dtype, the norm taken in float32; 0 stays 0 with a finite gradient."""
     x32 = x.astype(jnp.float32)
@@ -95,8 +102,7 @@ def yat(
     axis = -1 if transposed else -2
     if x.shape[-1] != w.shape[axis]:
         raise ValueError(f"x has vectors of {x.shape[-1]} and w of {w.shape[axis]}; they must be equal.")
-    if distance not in DISTANCES:
-        raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
+    check_distance(distance)
     parts = tuple(jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
     dtype = jnp.dtype(dtype or x.dtype)
     exact = distance == "exact"

@@ -11,11 +11,11 @@ from aether.kernels.attention import DotScore, Score, YatScore, attention, check
 from aether.kernels.masks import Mask, check_window
 from aether.kernels.normalization import Normalization
 from aether.kernels.rope import rotate
-from aether.kernels.yat import unit
+from aether.kernels.yat import check_distance, unit
 from aether.nn.linear import Linear
 from aether.nn.param import check_sizes, compute_dtype
 from aether.nn.prototypes import operand
-from aether.nn.yat import UnitOptions, YatUnit, check_distance
+from aether.nn.yat import UnitOptions, YatUnit
 
 Pair = tuple[Array, Array]  # of the queries, of the keys
 

@@ -21,10 +21,10 @@ from aether.kernels.window import (
     per_axis,
     transposed_window,
 )
-from aether.kernels.yat import ill_conditioned, unit
+from aether.kernels.yat import check_distance, ill_conditioned, unit
 from aether.nn.param import compute_dtype
 from aether.nn.prototypes import Prototypes, draw_prototypes, operand
-from aether.nn.yat import LayerOptions, YatUnit, check_distance, kernel_options, unit_options
+from aether.nn.yat import LayerOptions, YatUnit, kernel_options, unit_options
 
 
 class _Convolution(YatUnit, Prototypes):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.kernels.yat import unit, yat
+from aether.kernels.yat import check_distance, unit, yat
 from aether.nn.param import Axes, Initializer, check_sizes, compute_dtype
-from aether.nn.yat import UnitOptions, YatUnit, check_distance
+from aether.nn.yat import UnitOptions, YatUnit
 
 _OF_BIAS = ("constant_bias", "softplus_bias", "scalar_bias", "bias_init")
 

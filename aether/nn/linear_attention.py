@@ -132,13 +132,15 @@ class YatLinearAttention(nnx.Module):
         if cache is not None and positions is None and self.rope_theta is not None:
             raise ValueError("positions is None with a cache and rope_theta; give the positions of x, (batch, length).")
         q, k = self.prepare(x, positions)
-        fresh = jax.eval_shape(lambda: self.init_cache(len(x)))
-        if cache is not None and jax.tree.map(jnp.shape, cache) != jax.tree.map(jnp.shape, fresh):
-            raise ValueError(f"cache is {jax.tree.map(jnp.shape, cache)}; init_cache({len(x)}) makes one that fits x.")
-        v = self.value(x.astype(self.dtype)).reshape(q.shape)
+        v = self.value(x).reshape(q.shape)
         phi, floor = self.feature_map()
         if segments is None and is_causal:
-            start = self.init_cache(len(x)) if cache is None else cache
+            start = self.init_cache(len(x))
+            if cache is not None:
+                held, wanted = (jax.tree.map(jnp.shape, state) for state in (cache, start))
+                if held != wanted:
+                    raise ValueError(f"cache is {held}; init_cache({len(x)}) makes one that fits x, {wanted}.")
+                start = cache
             y, end = stream(phi, start, q, k, v, block=self.block, chunk=self.chunk, mask=mask, floor=floor)
             cache = None if cache is None else end
         else:

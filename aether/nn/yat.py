@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.kernels.yat import DISTANCES, check_epsilon, ill_conditioned, unit, yat
+from aether.kernels.yat import check_distance, check_epsilon, ill_conditioned, unit, yat
 from aether.nn.param import Axes, Initializer, compute_dtype, constant, softplus_inverse
 from aether.nn.prototypes import KernelOptions, Prototypes, draw_prototypes, operand
 
@@ -129,13 +129,6 @@ def unit_options(options: LayerOptions) -> UnitOptions:
 def kernel_options(options: LayerOptions) -> KernelOptions:
     """Return those of `options` that `YatUnit.init_unit` does not take."""
     return {k: v for k, v in options.items() if k not in UnitOptions.__annotations__}  # type: ignore[return-value]
-
-
-def check_distance(distance: str) -> str:
-    """Return `distance` if it is a form that `aether.kernels.yat.yat` knows; ValueError otherwise."""
-    if distance not in DISTANCES:
-        raise ValueError(f"distance is {distance!r}; it must be one of {', '.join(DISTANCES)}.")
-    return distance
 
 
 class YatNMN(YatUnit, Prototypes):

@@ -198,3 +198,10 @@ def test_the_mains_load_nothing_slow():
     code = "import launch.train, launch.evaluate, launch.generate, sys; print({'jax', 'grain'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_wrong_choice_lists_the_right_ones(capsys):
+    values = cli.new_flags()
+    flags.DEFINE_enum("what", "layers", ["layers", "distance"], "which table", flag_values=values)
+    assert cli.run(lambda args: pytest.fail("ran"), values, "doc", ["--what=foo"]) == 2
+    assert capsys.readouterr().err == "error: --what is 'foo'; it takes one of layers, distance.\n"

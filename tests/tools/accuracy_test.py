@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tools.accuracy import cases, measure
+from tools.accuracy import measure
+from tools.accuracy_cases import cases
 
 CASES = list(cases())
 PARTS = 4
