@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from aether.kernels.yat import check_epsilon, product, unit
+from aether.kernels.yat import check_epsilon, unit
 
 _JITTER = 1e-5  # of the anchors' Gram matrix, relative to its diagonal
 static = partial(field, metadata=dict(static=True))
@@ -292,4 +292,4 @@ def haar(key: Array, count: int, width: int) -> Array:
 def _dot(x: Array, w: Array) -> Array:
     """Return the products of vectors (..., d) with rows (..., n, d) of `w`, in float32."""
     equation = "...d,nd->...n" if w.ndim == 2 else "...d,rnd->...rn"
-    return product(equation, x, jnp.asarray(w, x.dtype))
+    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32, precision="highest")
