@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from aether.parallel import over_batch
+
 Sums = dict[str, Array]
 Loss = Callable[..., tuple[Array, Sums]]
 
@@ -21,7 +23,7 @@ def lm(
     """Return the next-token loss summed over the scored tokens, Σ (−log p + z_loss · log² Z), and sums.
 
     Args:
-      model: an `aether.models.GPT`.
+      model: an `aether.models.GPT`, or what has its call, `head_kernel` and `vocab`.
       batch: `tokens`, `segments`, `positions` (b, t + 1), read as t inputs and t targets, and `mask` (b, t): 1 where
         the target counts.
       key: of dropout, or None.
@@ -35,37 +37,49 @@ def lm(
     hidden, _ = model(inputs["tokens"], segments=inputs["segments"], positions=inputs["positions"], key=key)
     kernel = model.head_kernel().astype(hidden.dtype)
     mask = batch["mask"].astype(jnp.float32)
-    total, nll, correct = cross_entropy(chunk, z_loss, hidden, kernel, batch["tokens"][:, 1:], mask)
+    targets = batch["tokens"][:, 1:]
+    total, nll, correct = cross_entropy(chunk, z_loss, model.vocab, hidden, kernel, targets, mask)
     return total, dict(nll=nll, correct=correct, weight=jnp.sum(mask))
 
 
 LOSSES: dict[str, Loss] = {"lm": lm}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def cross_entropy(
-    chunk: int, z_loss: float, hidden: Array, kernel: Array, targets: Array, mask: Array
+    chunk: int, z_loss: float, vocab: int, hidden: Array, kernel: Array, targets: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
     """Return Σ mask (−log p[target] + z_loss log² Z), the part without z_loss, and the sum of right guesses.
 
     The logits of `chunk` positions exist at a time, in float32; the gradient is formed with them in the same pass, so
-    that nothing is computed twice. Only the first result has a gradient.
+    that nothing is computed twice. Only the first result has a gradient. On a mesh each device goes through its own
+    rows and positions; the kernel is gathered once, and its gradient summed once.
 
     Args:
       chunk: positions of each sequence in one piece.
       z_loss: weight of log² Z.
+      vocab: columns of the kernel that are ids; those behind pad it and have probability 0.
       hidden: (b, t, d).
-      kernel: (d, v), of the same dtype.
-      targets: (b, t) ids below v.
+      kernel: (d, v), of the same dtype, v ≥ vocab.
+      targets: (b, t) ids below vocab.
       mask: (b, t) float32 weights.
     """
-    return _scan(chunk, z_loss, False, hidden, kernel, targets, mask)[0]
+    return _sums(chunk, z_loss, vocab, False, hidden, kernel, targets, mask)[0]
 
 
-def _scan(chunk: int, z_loss: float, grad: bool, hidden: Array, kernel: Array, targets: Array, mask: Array):
+def _sums(chunk: int, z_loss: float, vocab: int, grad: bool, hidden: Array, kernel: Array, targets: Array, mask: Array):
+    """Return the sums, and with `grad` the gradients of the first by hidden and kernel."""
+    scan = partial(_scan, chunk, z_loss, vocab, grad)
+    return over_batch(scan, kernel, hidden, targets, mask)
+
+
+def _scan(
+    chunk: int, z_loss: float, vocab: int, grad: bool, kernel: Array, hidden: Array, targets: Array, mask: Array
+) -> tuple:
     b, t, d = hidden.shape
     pieces = -(-t // chunk)
     chunk = -(-t // pieces)
+    ids = jnp.arange(kernel.shape[1])
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, pieces * chunk - t)) + ((0, 0),) * (x.ndim - 2))
@@ -75,18 +89,22 @@ def _scan(chunk: int, z_loss: float, grad: bool, hidden: Array, kernel: Array, t
         (total, nll, correct), d_kernel = carry
         h, target, weight = xs
         logits = jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
-        log_z = jax.nn.logsumexp(logits, -1)
-        right = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+        logits = jnp.where(ids < vocab, logits, -jnp.inf)
+        hot = ids == target[..., None]
+        # Sums and maxima, as these stay where the vocabulary is split; a look-up or argmax would gather the logits.
+        highest = jnp.max(logits, -1)
+        log_z = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), -1))
+        right = jnp.sum(jnp.where(hot, logits, 0.0), -1)
+        guess = jnp.min(jnp.where(logits == highest[..., None], ids, vocab), -1)
         loss = jnp.sum(weight * (log_z - right))
         sums = (
             total + loss + z_loss * jnp.sum(weight * log_z**2),
             nll + loss,
-            correct + jnp.sum(weight * (jnp.argmax(logits, -1) == target)),
+            correct + jnp.sum(weight * (guess == target)),
         )
         if not grad:
             return (sums, None), None
         p = jnp.exp(logits - log_z[..., None]) * (1.0 + 2.0 * z_loss * log_z)[..., None]
-        hot = jnp.arange(logits.shape[-1]) == target[..., None]
         d_logits = (weight[..., None] * (p - hot)).astype(h.dtype)
         d_kernel += jnp.einsum("bcd,bcv->dv", h, d_logits, preferred_element_type=jnp.float32)
         return (sums, d_kernel), jnp.matmul(d_logits, kernel.T)
@@ -99,12 +117,12 @@ def _scan(chunk: int, z_loss: float, grad: bool, hidden: Array, kernel: Array, t
     return sums, d_hidden, d_kernel
 
 
-def _forward(chunk, z_loss, hidden, kernel, targets, mask):
-    sums, d_hidden, d_kernel = _scan(chunk, z_loss, True, hidden, kernel, targets, mask)
+def _forward(chunk, z_loss, vocab, hidden, kernel, targets, mask):
+    sums, d_hidden, d_kernel = _sums(chunk, z_loss, vocab, True, hidden, kernel, targets, mask)
     return sums, (d_hidden, d_kernel.astype(kernel.dtype))
 
 
-def _backward(chunk, z_loss, residuals, g):
+def _backward(chunk, z_loss, vocab, residuals, g):
     d_hidden, d_kernel = residuals
     scale = g[0]
     return (d_hidden * scale).astype(d_hidden.dtype), (d_kernel * scale).astype(d_kernel.dtype), None, None

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from aether.losses import cross_entropy, lm
-from aether.testing import VOCAB, drawn_model, equations, tiny_batch, tiny_config
+from aether.testing import drawn_model, equations, tiny_batch, tiny_config
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -40,27 +40,27 @@ def test_is_log_softmax(rng, chunk, z_loss):
     args = make(rng)
 
     def f(hidden, kernel):
-        total, *rest = cross_entropy(chunk, z_loss, hidden, kernel, *args[2:])
+        total, *rest = cross_entropy(chunk, z_loss, V, hidden, kernel, *args[2:])
         return total, rest
 
     (total, rest), grads = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*args[:2])
     sums, slopes = wanted(z_loss, *args)
     np.testing.assert_allclose([total, *rest], sums, rtol=1e-5)
-    np.testing.assert_allclose(cross_entropy(chunk, z_loss, *args), sums, rtol=1e-5)  # the path without gradients
+    np.testing.assert_allclose(cross_entropy(chunk, z_loss, V, *args), sums, rtol=1e-5)  # the path without gradients
     for grad, slope in zip(grads, slopes, strict=True):
         np.testing.assert_allclose(grad, slope, atol=1e-5 * np.abs(slope).max())
 
 
 def test_the_gradient_scales_with_the_cotangent(rng):
     args = make(rng)
-    f = lambda h, factor: factor * cross_entropy(3, 0.1, h, *args[1:])[0]  # noqa: E731
+    f = lambda h, factor: factor * cross_entropy(3, 0.1, V, h, *args[1:])[0]  # noqa: E731
     once, thrice = (jax.jit(jax.grad(f))(args[0], factor) for factor in (1.0, 3.0))
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-5)
 
 
 def test_bfloat16_operands_with_float32_sums(rng):
     args = make(rng, "bfloat16")
-    run = jax.jit(jax.value_and_grad(lambda h, k: cross_entropy(3, 0.1, h, k, *args[2:])[0], (0, 1)))
+    run = jax.jit(jax.value_and_grad(lambda h, k: cross_entropy(3, 0.1, V, h, k, *args[2:])[0], (0, 1)))
     total, grads = run(*args[:2])
     (right, *_), slopes = wanted(0.1, *args)
     assert total.dtype == "float32"
@@ -78,11 +78,11 @@ def float32_shapes(f, *args):
 def test_logits_of_the_whole_batch_never_exist(rng):
     args = make(rng, "bfloat16")
     for chunk in (1, 3, 4):
-        f = lambda h, k: cross_entropy(chunk, 0.1, h, k, *args[2:])[0]  # noqa: B023, E731
+        f = lambda h, k: cross_entropy(chunk, 0.1, V, h, k, *args[2:])[0]  # noqa: B023, E731
         shapes = float32_shapes(jax.grad(f, (0, 1)), *args[:2])
         rows = [int(np.prod(s)) // V for s in shapes if s and s[-1] == V and s != (D, V)]
         assert rows and max(rows) <= B * chunk
-    whole = float32_shapes(jax.grad(lambda h: cross_entropy(T, 0.1, h, *args[1:])[0]), args[0])
+    whole = float32_shapes(jax.grad(lambda h: cross_entropy(T, 0.1, V, h, *args[1:])[0]), args[0])
     assert (B, T, V) in whole  # the search can find it
 
 
@@ -113,4 +113,5 @@ def test_the_model_s_float32_logits_never_exist_in_training():
     graph, params = nnx.split(model)
     loss = partial(lm, chunk=4)
     shapes = float32_shapes(jax.grad(lambda p: loss(nnx.merge(graph, p), batch, None)[0]), params)
-    assert (8, 4, VOCAB) in shapes and (8, 12, VOCAB) not in shapes
+    rows = config.model.rows
+    assert (8, 4, rows) in shapes and (8, 12, rows) not in shapes

@@ -68,6 +68,15 @@ class Mask:
         heads = (1, 1) if shape[1] == 1 else (g, r)
         return replace(self, dense=self.dense.reshape(shape[0], *heads, *shape[2:]))
 
+    def of_queries(self, start: Array | int, rows: int) -> Self:
+        """Return the mask of the `rows` queries from `start` on."""
+
+        def cut(array: Array | None, axis: int) -> Array | None:
+            return None if array is None else _cut(array, axis, start, rows)
+
+        segments, dense = cut(self.query_segments, 1), cut(self.dense, -2)
+        return replace(self, offset=self.offset + start, query_segments=segments, dense=dense)
+
     def padded(self, t: int, s: int) -> Self:
         """Append `t` queries and `s` keys of any kind; whoever calls this hides them."""
 

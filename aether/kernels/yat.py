@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 _TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 _BLOCK = 16  # entries of the vectors whose differences are squared at a time
@@ -118,6 +119,8 @@ def yat(
             d += _missing(x)[..., :, None] + _missing(rows)[..., None, :]
         return ratio_of(jnp.einsum(equation, x, w, precision="highest"), d, *parts).astype(dtype)
     dot = product(equation, x, w)
+    if w.ndim == 2:
+        dot = checkpoint_name(dot, "product")  # which a remat policy may keep
     squares = (2.0, 0.0) if spherical else (_squares(x, -1)[..., :, None], _squares(w, axis)[..., None, :])
     floor = max(_FLOOR, float(jnp.finfo(x.dtype).eps) / 20) if spherical else _FLOOR  # unit vectors have been rounded
     return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, floor=floor, kept=x.dtype, dtype=dtype)

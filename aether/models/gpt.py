@@ -3,16 +3,19 @@
 Axes: b batch, t position, d width, v vocabulary, n layers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from aether.config import ModelConfig
 from aether.nn import Attention, Embed, KVCache, LayerNorm, Linear, YatAttention, YatNMN
-from aether.nn.param import stack
+from aether.nn.param import pad_axis, stack
+from aether.parallel import activation, looked_up
 
 _STD = 0.02  # GPT-2's initial standard deviation of everything
 
@@ -71,7 +74,8 @@ class MLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Map (b, t, d) to itself."""
         h = self.hidden(x)
-        return self.out(jax.nn.gelu(h) if self.gelu else h)
+        h = jax.nn.gelu(checkpoint_name(h, "product")) if self.gelu else h  # a ⵟ unit names its own product
+        return self.out(checkpoint_name(h, "hidden"))
 
 
 class Block(nnx.Module):
@@ -98,6 +102,27 @@ class Block(nnx.Module):
         return x + _dropout(y, self.rate, keys[1]), cache
 
 
+def remat(block: Callable, policy: str, names: list[str]) -> Callable:
+    """Wrap a block so that its backward pass recomputes what `policy` (of `model.remat`) does not keep."""
+    if policy == "none":
+        return block
+    policies = jax.checkpoint_policies
+    choice: dict[str, Callable[[], Any]] = {
+        "dots": lambda: policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("product")
+        ),
+        "full": lambda: policies.nothing_saveable,
+        "names": lambda: policies.save_only_these_names(*names),
+        "offload": lambda: policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["stream"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }
+    return jax.checkpoint(block, policy=choice[policy](), prevent_cse=False)
+
+
 class GPT(nnx.Module):
     """A decoder-only language model: embedding, scanned blocks, linear head.
 
@@ -112,7 +137,9 @@ class GPT(nnx.Module):
 
     def __init__(self, c: ModelConfig, context: int, rngs: nnx.Rngs):
         self.config = c
+        self.vocab = c.vocab
         self.embed = Embed(c.vocab, c.width, std=c.embed_std, rngs=rngs)
+        pad_axis(self.embed.embedding, 0, c.rows)
         learned = c.position == "learned"
         axes = ("position", "embed")
         self.position = Embed(context, c.width, std=c.embed_std, axes=axes, rngs=rngs) if learned else None
@@ -123,6 +150,8 @@ class GPT(nnx.Module):
         tied = c.head == "tied"
         axes = ("embed", "vocab")
         self.head = None if tied else Linear(c.width, c.vocab, std=_STD, use_bias=False, axes=axes, rngs=rngs)
+        if self.head is not None:
+            pad_axis(self.head.kernel, 1, c.rows)
 
     def __call__(
         self,
@@ -150,9 +179,9 @@ class GPT(nnx.Module):
         start = 0 if cache is None else cache.length[0]
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(t), (b, t))
-        x = self.embed(tokens)
+        x = looked_up(self.embed, tokens)
         if self.position is not None:
-            x = x + self.position(positions)
+            x = x + looked_up(self.position, positions)
         keys = None
         if key is not None and c.dropout:
             first, *rest = jax.random.split(key, c.layers + 1)
@@ -162,21 +191,27 @@ class GPT(nnx.Module):
 
         def block(x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
             params, cache, key = layer
+            x = checkpoint_name(activation(x), "stream")
             return nnx.merge(graph, params)(x, positions, segments, cache, key)
 
-        body = jax.checkpoint(block) if c.remat == "block" else block
-        x, cache = jax.lax.scan(body, x, (state, cache, keys))
+        body = remat(block, c.remat, c.kept_names())
+        x, cache = jax.lax.scan(body, x, (state, cache, keys), unroll=1 if c.scan_layers else c.layers)
+        x = activation(x)
         return (self.norm(x) if self.norm is not None else x).astype(c.dtype), cache
 
     def head_kernel(self) -> Array:
-        """Return the (d, v) matrix that turns hidden states into logits, float32."""
+        """Return the (d, rows) matrix that turns hidden states into logits, float32.
+
+        Its columns from `vocab` on pad it to sizes that divide well; no id has them.
+        """
         if self.head is not None:
             return self.head.kernel[...]
         return self.embed.embedding[...].T * (_STD / self.config.embed_std)
 
     def logits(self, hidden: Array) -> Array:
         """Return float32 logits (b, t, v) of hidden states (b, t, d)."""
-        return jnp.matmul(hidden, self.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel = self.head_kernel()[:, : self.vocab].astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Return an empty cache of `length` positions for every layer, leaves with a leading layers axis."""

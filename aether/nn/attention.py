@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from aether.kernels.attention import DotScore, Score, YatScore, attention, check_form
 from aether.kernels.masks import Mask, check_window
@@ -16,6 +17,7 @@ from aether.nn.linear import Linear
 from aether.nn.param import check_sizes, compute_dtype
 from aether.nn.prototypes import operand
 from aether.nn.yat import UnitOptions, YatUnit
+from aether.parallel import along_sequence
 
 Pair = tuple[Array, Array]  # of the queries, of the keys
 
@@ -175,9 +177,13 @@ class Attention(nnx.Module):
             valid=valid,
             dense=mask,
         )
-        how = dict(normalization=self.weighting(), impl=self.impl, block=self.block)
-        y = attention(q, k, v, self.score(), mask=structure, **how)  # type: ignore[arg-type]
-        y = self.out(y.reshape(*x.shape[:2], -1))
+
+        def attend(q: Array, k: Array, v: Array, mask: Mask, how: tuple[Score, Normalization]) -> Array:
+            score, weighting = how
+            return attention(q, k, v, score, mask=mask, normalization=weighting, impl=self.impl, block=self.block)
+
+        y = along_sequence(attend, q, k, v, structure, (self.score(), self.weighting()))
+        y = self.out(checkpoint_name(y, "attention").reshape(*x.shape[:2], -1))
         return y, None if cache is None else KVCache(k, v, cache.length + x.shape[1])
 
     def init_cache(self, batch: int, length: int) -> KVCache:
@@ -199,7 +205,8 @@ class Attention(nnx.Module):
                 rotate(a, start + jnp.arange(a.shape[1])[None] if p is None else _fit(p, a), self.rope_theta)
                 for a, p in ((q, of_queries), (k, of_keys))
             )
-        return self.prepare(q), self.prepare(k), v
+        q, k = self.prepare(q), self.prepare(k)
+        return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
     def _check_call(
         self, x: Array, context: Array | None, is_causal: bool, segments: Array | Pair | None, cache: KVCache | None

@@ -50,6 +50,13 @@ def constant(shape: tuple[int, ...], value: float, axes: Axes) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
+def pad_axis(param: nnx.Variable, axis: int, size: int) -> None:
+    """Append zeros to an axis of a parameter until it is `size` long; what is drawn for it stays the same."""
+    value = param[...]
+    after = [(0, size - n if k == axis else 0) for k, n in enumerate(value.shape)]
+    param.set_value(jnp.pad(value, after))
+
+
 def softplus_inverse(value: float) -> float:
     """Return r with softplus(r) = log(1 + eʳ) = value, for value > 0."""
     return value + math.log(-math.expm1(-value))

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from aether.config import SIZES, ModelConfig
+from aether.losses import lm
 from aether.models import MODELS
-from aether.testing import VOCAB, drawn_model, equations, tiny_config, tiny_model
+from aether.testing import VOCAB, drawn_model, equations, tiny_batch, tiny_config, tiny_model
 
 T = 6
 FAST = {"xla_backend_optimization_level": 0}  # where it takes longer to compile than to run
@@ -44,14 +45,14 @@ def shapes(config, context=1024):
     ("size", "count"), [("124m", 124_439_808), ("350m", 354_823_168), ("774m", 774_030_080), ("1.5b", 1_557_611_200)]
 )
 def test_gpt2_has_gpt2_s_parameters(size, count):
-    found = shapes(ModelConfig(kind="gpt2", size=size).resolved(50257))
+    found = shapes(ModelConfig(kind="gpt2", size=size, vocab_multiple=1).resolved(50257))
     assert sum(map(math.prod, found.values())) == count
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_aether_differs_from_the_baseline_by_what_it_says(size):
     """No norm, no biases in linear maps, no positions; a head, and b, α and ε of each unit."""
-    c = ModelConfig(size=size).resolved(1000)
+    c = ModelConfig(size=size, vocab_multiple=8).resolved(1000)
     found = shapes(c)
     assert not [path for path in found if "norm" in path or "scale" in path]
     n, d, h, f = c.layers, c.width, c.heads, c.hidden
@@ -126,7 +127,7 @@ def test_blockwise_attention_changes_no_gradient():
     packed = dict(segments=jnp.asarray([[1, 1, 1, 1, 2, 2]]), positions=jnp.asarray([[0, 1, 2, 3, 0, 1]]))
 
     def loss(impl):
-        graph, params = nnx.split(drawn(attention_impl=impl, remat="block"))
+        graph, params = nnx.split(drawn(attention_impl=impl, remat="full"))
         return params, lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(tokens, **packed)[0]))
 
     (params, plain), (_, blocks) = loss("plain"), loss("blockwise")
@@ -188,7 +189,7 @@ def test_recomputing_blocks_changes_no_gradient(kind):
         graph, params = nnx.split(drawn(kind=kind, remat=remat, dropout=0.1))
         return params, lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(jnp.arange(T)[None], key=jax.random.key(0))[0]))
 
-    (params, plain), (_, again) = loss("none"), loss("block")
+    (params, plain), (_, again) = loss("none"), loss("full")
     names = [{e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(f))(params).jaxpr)} for f in (plain, again)]
     assert ["remat2" in n or "checkpoint" in n for n in names] == [False, True]
     one, other = jax.jit(lambda p: (jax.grad(plain)(p), jax.grad(again)(p)), compiler_options=FAST)(params)
@@ -198,7 +199,7 @@ def test_recomputing_blocks_changes_no_gradient(kind):
 
 
 def test_a_tied_head_is_the_embedding():
-    tied, apart = drawn(head="tied", embed_std=0.5), make(head="untied")
+    tied, apart = drawn(head="tied", embed_std=0.5), make(head="untied", vocab_multiple=1)
     assert tied.head is None
     np.testing.assert_allclose(tied.head_kernel(), tied.embed.embedding[...].T * 0.04, rtol=1e-6)
     assert (apart.head_kernel() == apart.head.kernel[...]).all()
@@ -245,13 +246,15 @@ def gpt2(p, tokens, layers, heads):
     return norm(x, "norm") @ p["embed/embedding"].T
 
 
-def test_the_baseline_is_gpt2(rng):
-    model = drawn(kind="gpt2")
+@pytest.mark.parametrize("multiple", [1, 24])
+def test_the_baseline_is_gpt2(rng, multiple):
+    model = drawn(kind="gpt2", vocab_multiple=multiple)
     params = nnx.state(model)
     exact = {"/".join(map(str, path)): np.asarray(v[...], np.float64) for path, v in nnx.to_flat_state(params)}
     tokens = rng.integers(0, VOCAB, T)
     got = jax.jit(lambda t: model.logits(model(t)[0]))(jnp.asarray(tokens)[None])[0]
-    want = gpt2(exact, tokens, model.config.layers, model.config.heads)
+    want = gpt2(exact, tokens, model.config.layers, model.config.heads)[:, :VOCAB]
+    assert got.shape == want.shape == (T, VOCAB) and model.embed.embedding.shape[0] == VOCAB + 16 * (multiple == 24)
     assert np.abs(got - want).max() < 2e-5 * np.abs(want).max()
 
 
@@ -263,3 +266,60 @@ def test_projections_into_the_stream_start_small():
     model = tiny_model(tiny_config("aether", model=dict(layers=8, width=64)))
     assert abs(float(model.blocks.attention.query.kernel[...].std()) * 8 - 1) < 0.02
     assert abs(float(model.blocks.attention.out.kernel[...].std()) / 0.005 - 1) < 0.02
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_padding_the_vocabulary_changes_nothing(head):
+    """Same draws, zeros behind them; no loss, gradient or guess depends on what the padding holds."""
+    plain, padded = make(head=head, vocab_multiple=1), make(head=head, vocab_multiple=128)
+    assert padded.embed.embedding.shape == (128, 16) and plain.embed.embedding.shape == (VOCAB, 16)
+    np.testing.assert_array_equal(padded.embed.embedding[...][:VOCAB], plain.embed.embedding[...])
+    assert not padded.embed.embedding[...][VOCAB:].any()
+    config = tiny_config(data=dict(context=T))
+    batch = tiny_batch(config)
+
+    def loss(model):
+        graph, params = nnx.split(model)
+        run = jax.value_and_grad(lambda p: lm(nnx.merge(graph, p), batch, None, z_loss=0.1)[0])
+        return jax.jit(run, compiler_options=FAST)(params)
+
+    (want, slope), (same, _) = loss(plain), loss(padded)
+    padded.embed.embedding.set_value(padded.embed.embedding[...].at[VOCAB:].set(3.0))
+    if head == "untied":
+        padded.head.kernel.set_value(padded.head.kernel[...].at[:, VOCAB:].set(3.0))
+    found, other = loss(padded)
+    np.testing.assert_allclose([same, found], want, rtol=1e-6)
+    for path, g in nnx.to_flat_state(other):
+        g, w = g[...], dict(nnx.to_flat_state(slope))[path][...]
+        g, rest = (g[:, : w.shape[1]], g[:, w.shape[1] :]) if path[0] == "head" else (g[: len(w)], g[len(w) :])
+        np.testing.assert_allclose(g, w, atol=1e-5 * np.abs(w).max())
+        assert not np.any(rest)
+
+
+@pytest.mark.parametrize("policy", ["none", "dots", "full", "names", "offload"])
+def test_remat_keeps_what_it_says_and_changes_nothing(policy):
+    def saved(**model):
+        graph, params = nnx.split(drawn(dropout=0.1, hidden=40, attention_impl="plain", **model))
+        tokens, key = jnp.arange(4 * T).reshape(4, T) % VOCAB, jax.random.key(0)
+        f = lambda p: jnp.sum(nnx.merge(graph, p)(tokens, key=key)[0] ** 2)  # noqa: E731
+        kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(f, p)[1], params))]
+        run = (lambda p: jax.vjp(f, p)[1](1.0)[0]) if policy != "offload" else None
+        return kept, run and jax.jit(run, compiler_options=FAST)(params)
+
+    kept, slope = saved(remat=policy, remat_names="query,product" if policy == "names" else "")
+    product, query, stream = (2, 4, T, 40), (2, 4, T, 4, 4), (2, 4, T, 16)
+    assert stream in kept
+    assert (product in kept) == (policy in ("none", "dots", "names"))
+    assert (query in kept) == (policy in ("none", "names"))
+    if slope is not None:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), slope, saved(remat="none")[1])
+
+
+def test_layers_unrolled_are_layers_scanned():
+    tokens = jnp.arange(2 * T).reshape(2, T)
+    looped, flat = drawn(), drawn(scan_layers=False)
+    run = jax.jit(lambda t: (looped(t)[0], flat(t)[0]), compiler_options=FAST)
+    np.testing.assert_allclose(*run(tokens), rtol=1e-5, atol=1e-6)
+    count = lambda m: sum(e.primitive.name == "dot_general" for e in equations(jax.make_jaxpr(m)(tokens).jaxpr))  # noqa: E731
+    assert "while" in jax.jit(lambda t: looped(t)[0]).lower(tokens).as_text()
+    assert count(looped) == count(flat) and "while" not in jax.jit(lambda t: flat(t)[0]).lower(tokens).as_text()
