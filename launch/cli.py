@@ -38,9 +38,17 @@ def new_flags(*, config: bool = False) -> flags.FlagValues:
 
 
 def run(
-    main: Callable[[flags.FlagValues], None], values: flags.FlagValues, doc: str, argv: list[str] | None = None
+    main: Callable[[flags.FlagValues], int | None],
+    values: flags.FlagValues,
+    doc: str,
+    argv: list[str] | None = None,
+    *,
+    several: bool = False,
 ) -> int:
-    """Parse `argv` (default: the command line) into `values`, call `main(values)`, and return the exit code."""
+    """Parse `argv` (default: the command line) into `values`, call `main(values)`, and return the exit code.
+
+    With `several` this may be one of several processes of a job, which end together.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if HELP & set(argv):
         print(help_text(values, doc))
@@ -49,12 +57,14 @@ def run(
     try:
         prepare_environment(debug)
         parse(values, argv)
-        main(values)
-        return 0
-    except KeyboardInterrupt as error:
-        return _end("interrupted; nothing was saved since the last checkpoint.", 1, error, debug)
-    except Exception as error:
-        return report(error, debug)
+        return main(values) or 0
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return 0
+        text, code = describe(error, debug)
+        if debug:
+            traceback.print_exception(error)
+        return end(text, code) if several else _print(text, code)
 
 
 def parse(values: flags.FlagValues, argv: list[str]) -> None:
@@ -109,24 +119,31 @@ def _quieten_writers() -> None:
     sys.unraisablehook = hook
 
 
-def report(error: Exception, debug: bool) -> int:
-    """Print what happened on stderr, one line, and return the exit code that goes with it."""
+def describe(error: BaseException, debug: bool = False) -> tuple[str, int]:
+    """Return what happened, in one line, and the exit code that goes with it."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was saved since the last checkpoint.", 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+        return f"error: {error.code}" if code != error.code else f"ended with exit code {code}.", code
     for cause in _causes(error):
         if isinstance(cause, Stopped):
-            return _end(str(cause), cause.exit_code, error, debug)
+            return str(cause), cause.exit_code
         if isinstance(cause, AetherError):
-            return _end(f"error: {cause}", cause.exit_code, error, debug)
+            return f"error: {cause}", cause.exit_code
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             where = f" ({cause.filename})" if cause.filename else ""
-            return _end(
-                f"error: {cause.strerror}{where}; free some space or check the disk.",
-                StorageError.exit_code,
-                error,
-                debug,
-            )
+            return f"error: {cause.strerror}{where}; free some space or check the disk.", StorageError.exit_code
     what = f"{type(error).__name__}: {error}".strip().split("\n")[0]
     kept = "" if debug else f"; the traceback is in {_keep_traceback(error)}, or run again with --debug"
-    return _end(f"unexpected error: {what}{kept}.", 1, error, debug)
+    return f"unexpected error: {what}{kept}.", 1
+
+
+def end(text: str, code: int) -> int:
+    """Let the processes of a job end together: one of them prints, all have the same exit code."""
+    from aether import processes
+
+    return processes.end(text, code)
 
 
 def help_text(values: flags.FlagValues, doc: str) -> str:
@@ -200,7 +217,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__
 
 
-def _keep_traceback(error: Exception) -> str:
+def _keep_traceback(error: BaseException) -> str:
     try:
         with tempfile.NamedTemporaryFile("w", prefix="aether-error-", suffix=".txt", delete=False) as file:
             file.write("".join(traceback.format_exception(error)))
@@ -209,8 +226,6 @@ def _keep_traceback(error: Exception) -> str:
         return f"no file ({full.strerror})"
 
 
-def _end(text: str, code: int, error: BaseException, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
+def _print(text: str, code: int) -> int:
     print(text, file=sys.stderr, flush=True)
     return code
