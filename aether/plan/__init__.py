@@ -1,0 +1,1 @@
+"""What a training step would need on machines that are not here: memory, time, collectives, from compiled programs."""

@@ -1,0 +1,159 @@
+"""Whole plans: programs of the real TPU compiler whose contents are known, and of the CPU's in place of GPUs."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aether.chips import topology
+from aether.config import build
+from aether.errors import InputError
+from aether.plan import machine
+from aether.plan.collectives import collectives
+from aether.plan.counts import count
+from aether.plan.layout import Layout
+from aether.plan.measure import make_plan, vocabulary
+from aether.plan.read import parse
+from aether.plan.report import to_json, to_text
+from aether.testing import tiny_config
+
+KEYS = {
+    "fits",
+    "hbm_bytes",
+    "flops",
+    "cycles",
+    "collectives",
+    "mfu_bound",
+    "tokens_per_second_bound",
+    "compile_seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    """Four TPUs of a slice, for the compiler."""
+    pytest.importorskip("libtpu")
+    before = dict(os.environ)
+    machine.prepare([topology("v5e:2x2")])
+    yield machine.devices_of(topology("v5e:2x2"))
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def program(function, *shapes):
+    return parse(jax.jit(function).lower(*shapes).compile().as_text())
+
+
+def test_the_tpu_compilers_collectives_are_those_written(tpus):
+    mesh = Mesh(np.array(tpus).reshape(2, 2), ("data", "fsdp"))
+    rows, both = PartitionSpec("data"), PartitionSpec("data", "fsdp")
+
+    def body(x):
+        y = jax.lax.all_gather(x, "fsdp", axis=1, tiled=True)
+        y = jax.lax.fori_loop(0, 5, lambda _, c: jax.lax.psum(jnp.sin(c), "data"), y)
+        return jax.lax.ppermute(y, "data", [(0, 1), (1, 0)])
+
+    function = jax.shard_map(body, mesh=mesh, in_specs=both, out_specs=rows, check_vma=False)
+    shape = jax.ShapeDtypeStruct((2048, 1024), "float32", sharding=NamedSharding(mesh, both))
+    module = program(function, shape)
+    found = {(c.kind, c.axes): c for c in collectives(module, Layout({"data": 2, "fsdp": 2}, (0,) * 4))}
+    block = 1024 * 1024 * 4
+    assert set(found) == {("all-gather", ("fsdp",)), ("all-reduce", ("data",)), ("collective-permute", ("data",))}
+    gather, reduce, permute = (found[k] for k in sorted(found))
+    assert (gather.count, gather.operand, gather.result, gather.bytes) == (1, block // 2, block, block // 2)
+    assert (reduce.count, reduce.in_loop, reduce.bytes) == (5, True, 5 * block)
+    assert (permute.count, permute.bytes) == (1, block)
+    assert module.warnings == []
+
+
+def test_a_loop_counts_as_much_as_its_body_written_out(tpus):
+    layers, rows, width = 4, 2048, 2048
+    one = NamedSharding(Mesh(np.array(tpus[:1]), ("x",)), PartitionSpec())
+    weights = jax.ShapeDtypeStruct((layers, width, width), "bfloat16", sharding=one)
+    x = jax.ShapeDtypeStruct((rows, width), "bfloat16", sharding=one)
+
+    def run(unroll, weights, x):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, weights, unroll=unroll)[0]
+
+    looped, flat = (count(program(lambda w, x, u=u: run(u, w, x), weights, x)) for u in (1, layers))
+    assert looped.flops == flat.flops == 2 * layers * rows * width * width
+    assert looped.cycles == pytest.approx(flat.cycles, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    """A plan of the tiny model on eight GPUs in two nodes' worth of mesh."""
+    config = tiny_config(mesh=dict(data=2, fsdp=4), data=dict(batch_size=64, context=128))
+    return make_plan(config, topology("h100:8"))
+
+
+def test_gpus_are_planned_by_data_sheet(gpus):
+    assert gpus.fits and gpus.counts.cycles is None and gpus.roofline.hbm == 0
+    assert any("data sheet" in w for w in gpus.warnings)
+    expected = gpus.tokens * gpus.model_flops / 8
+    assert gpus.counts.flops == pytest.approx(expected, rel=0.5)  # it is narrow: the rest weighs, too
+    assert gpus.mfu_bound == pytest.approx(gpus.tokens_per_second_bound * gpus.model_flops / (8 * 989e12))
+    assert {c.kind for c in gpus.collectives} >= {"all-gather"} and {c.link for c in gpus.collectives} == {"ici"}
+    assert all(set(c.axes) <= {"data", "fsdp"} for c in gpus.collectives)
+
+
+def test_the_json_has_its_keys_and_adds_up(gpus):
+    said = json.loads(json.dumps(to_json(gpus)))
+    assert set(said) >= KEYS and set(said["hbm_bytes"]) >= {"parameters", "optimizer", "activations", "total"}
+    assert sum(v for k, v in said["hbm_bytes"].items() if k != "total") == said["hbm_bytes"]["total"]
+    assert said["cycles"] is None and said["chips"] == 8 and said["mesh"]["fsdp"] == 4
+    assert set(said["collectives"][0]) >= {"kind", "axes", "link", "bytes", "count", "in_loop", "source"}
+
+
+def test_the_text_fits_a_terminal(gpus):
+    text = to_text(gpus)
+    assert text.splitlines()[3].startswith("FITS") and max(len(line) for line in text.splitlines()) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["aether", "gpt2"])
+def test_a_scanned_model_counts_as_an_unrolled_one(tpus, kind):
+    def plan(scan):
+        model = dict(kind=kind, layers=4, heads=4, width=512, scan_layers=scan)
+        values = dict(model=model, data=dict(context=512, batch_size=16), mesh=dict(data=2, fsdp=2))
+        return make_plan(build(values).resolved(8192), topology("v5e:2x2"))
+
+    scanned, unrolled = plan(True), plan(False)
+    assert scanned.counts.flops == pytest.approx(unrolled.counts.flops, rel=0.01)
+    assert scanned.counts.cycles == pytest.approx(unrolled.counts.cycles, rel=0.15)
+    expected = scanned.tokens * scanned.model_flops / 4
+    assert scanned.counts.flops == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.slow
+def test_what_the_compiler_refuses_does_not_fit(tpus):
+    values = dict(model=dict(size="tiny"), data=dict(context=2048, batch_size=64))
+    plan = make_plan(build(values).resolved(257), topology("v5e:1x1"))
+    assert not plan.fits and plan.memory.total > topology("v5e:1x1").chip.usable and plan.mfu_bound is None
+    said = json.loads(json.dumps(to_json(plan)))
+    assert said["flops"] is None and said["collectives"] == [] and "DOES NOT FIT" in to_text(plan)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "model_vocab", "given", "ids"),
+    [("bytes", 0, 0, 257), ("gpt2:", 0, 0, 50257), ("chars", 0, 65, 65), ("chars", 70, 0, 70)],
+)
+def test_the_vocabulary_is_given_or_known(tokenizer, model_vocab, given, ids):
+    config = build(dict(data=dict(tokenizer=tokenizer), model=dict(vocab=model_vocab)))
+    assert vocabulary(config, given) == ids
+
+
+def test_an_unknown_vocabulary_is_asked_for():
+    with pytest.raises(InputError, match="--vocab"):
+        vocabulary(build(dict(data=dict(tokenizer="chars"))))
+
+
+def test_too_few_devices_and_too_many_gpus_are_told():
+    with pytest.raises(InputError, match="JAX_NUM_CPU_DEVICES"):
+        machine.devices_of(topology("h100:16"))
+    with pytest.raises(InputError, match="at most 64"):
+        machine.prepare([topology("h100:128")])
