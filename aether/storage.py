@@ -47,8 +47,8 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         ) from e
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file whole: after a crash there is the old content or the new one, never a part.
+def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace a file whole by these parts: after a crash there is the old content or the new one, never a piece.
 
     Raises:
       StorageError: the disk is full or cannot be written; the old file is untouched.
@@ -59,7 +59,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         try:
             with open(handle, "wb") as f:
                 os.fchmod(f.fileno(), 0o644)
-                f.write(content)
+                f.writelines(parts)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(name, path)
@@ -97,19 +97,44 @@ def files_of(folder: Any) -> Iterator[Any]:
             yield item
 
 
-def fingerprint(file: Any, sums: bool) -> list[int]:
-    """Return [bytes], or [bytes, CRC-32] with `sums`."""
+def write_through(file: Any, text: str) -> None:
+    """Write a file and, on a disk, return only when it is there."""
+    with file.open("w") as f:
+        f.write(text)
+        f.flush()
+        if _is_local(file):
+            os.fsync(f.fileno())
+
+
+def settle(folder: Any) -> None:
+    """Return when a local folder's names are on the disk, so that a rename in it outlives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fingerprint(file: Any, sums: bool, fresh: bool = False) -> list[int]:
+    """Return [bytes], or [bytes, CRC-32] with `sums`; `fresh` has them read from the disk, not from its cache."""
     size = file.stat().length
     if not sums:
         return [size]
     crc = 0
     with file.open("rb") as read:
+        if fresh and _is_local(file) and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(read.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := read.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return [size, crc]
 
 
-def verify(folder: Any, files: dict[str, list[int]], sums: bool) -> None:
+def _is_local(path: Any) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def verify(folder: Any, files: dict[str, list[int]], sums: bool, fresh: bool = False) -> None:
     """Compare files with their fingerprints; without `sums`, go by the size.
 
     Raises:
@@ -118,7 +143,7 @@ def verify(folder: Any, files: dict[str, list[int]], sums: bool) -> None:
     for name, (size, *crc) in files.items():
         if not (folder / name).exists():
             raise DamagedError(f"{name} is missing")
-        now = fingerprint(folder / name, sums and bool(crc))
+        now = fingerprint(folder / name, sums and bool(crc), fresh)
         if now[0] != size:
             raise DamagedError(f"{name} has {now[0]} bytes, not {size}")
         if now[1:] != crc[: len(now) - 1]:
@@ -134,12 +159,11 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def is_full(error: BaseException) -> bool:
     """Tell a full disk or quota, from the error number or from the words of TensorStore and fsspec."""
-    from jax.errors import JaxRuntimeError  # its RESOURCE_EXHAUSTED is device memory
-
     for e in causes(error):
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if not isinstance(e, JaxRuntimeError) and any(mark in str(e) for mark in FULL):
+        on_device = type(e).__name__ == "JaxRuntimeError"  # its RESOURCE_EXHAUSTED is device memory
+        if not on_device and any(mark in str(e) for mark in FULL):
             return True
     return False
 
