@@ -1,44 +1,34 @@
 """Corpora prepared on the fly, kept by what decides their contents."""
 
-import hashlib
-import json
+import glob
 import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
+from aether import remote
 from aether.config import DataConfig
-from aether.data import prepared as folders
-from aether.data.prepare import files_hash, plan_of, prepare
+from aether.data import files, prepared
+from aether.data.files import Log, cache_folder, key_of
+from aether.data.prepare import discard, files_hash, plan_of, prepare
 from aether.data.prepared import Prepared
 from aether.data.records import Document
 from aether.data.sources import Source, find_source, read_items
 from aether.data.tokenizers import Tokenizer
-from aether.errors import InputError, StorageError
+from aether.errors import InputError
 
 WORTH_A_POOL = 16 << 20  # bytes of text
 
 
-def cache_folder(config: DataConfig) -> str:
-    """Return where prepared corpora are kept."""
-    return os.path.expanduser(config.cache_dir or os.environ.get("AETHER_CACHE") or "~/.cache/aether")
-
-
-def prepare_cached(
-    source: Source, config: DataConfig, tokenizer: Tokenizer, log: Callable[[str], None] = lambda line: None
-) -> Prepared:
+def prepare_cached(source: Source, config: DataConfig, tokenizer: Tokenizer, log: Log = lambda line: None) -> Prepared:
     """Return the prepared folder of a source from the cache, made first if it is missing or damaged."""
-    plan = plan_of(source, config, tokenizer)
-    key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:24]
-    folder = os.path.join(cache_folder(config), "text", key)
-    if os.path.exists(os.path.join(folder, folders.MANIFEST)):
+    folder = os.path.join(cache_folder(config), "text", key_of(plan_of(source, config, tokenizer)))
+    if os.path.exists(os.path.join(folder, prepared.MANIFEST)):
         try:
-            return folders.open_prepared(folder)
-        except InputError as e:
-            log(f"preparing {source.path} again, because {e}")
-            shutil.rmtree(folder, ignore_errors=True)
-    return prepare(source, config, tokenizer, folder, worth_workers(source, tokenizer))
+            return prepared.open_prepared(folder)
+        except InputError:
+            discard(folder, lambda e: log(f"preparing {source.path} again, because {e}"))
+    return prepare(source, config, tokenizer, folder, worth_workers(source, tokenizer), log=log)
 
 
 def worth_workers(source: Source, tokenizer: Tokenizer) -> int:
@@ -51,9 +41,9 @@ def worth_workers(source: Source, tokenizer: Tokenizer) -> int:
 
 def characters_of(source: Source, config: DataConfig) -> str:
     """Return the sorted characters of a source's texts, remembered in the cache."""
-    key = hashlib.sha256(f"{files_hash(source)} {config.text_key}".encode()).hexdigest()[:24]
+    key = key_of([files_hash(source), config.text_key])
     path = os.path.join(cache_folder(config), "characters", f"{key}.json")
-    record = folders.read_json(path)
+    record = files.read_json(path)
     if record is not None:
         return record["characters"]
     seen = np.zeros(0x110000, bool)
@@ -63,16 +53,13 @@ def characters_of(source: Source, config: DataConfig) -> str:
     characters = "".join(map(chr, np.flatnonzero(seen)))
     if not characters:
         raise InputError(f"{source.path} holds no text; set data.path to a file, folder or glob with some.")
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    except OSError as e:
-        raise StorageError(
-            f"{os.path.dirname(path)} cannot be made: {e.strerror}; set data.cache_dir to another folder."
-        ) from e
-    folders.write_json(path, dict(characters=characters))
+    files.write_json(path, dict(characters=characters))
     return characters
 
 
 def find(path: str, config: DataConfig) -> Source | Prepared:
     """Return the prepared folder at a path, or the source of texts."""
-    return folders.open_prepared(path) if folders.is_prepared(path) else find_source(path, config)
+    pattern = remote.is_remote(path) and glob.has_magic(path)
+    if not pattern and prepared.is_prepared(path):
+        return prepared.open_prepared(path, cache_folder(config))
+    return find_source(path, config)

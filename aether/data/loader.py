@@ -1,7 +1,7 @@
 """Corpora and batches: every batch is a function of (seed, step) alone, on any number of hosts and workers."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import grain
@@ -160,21 +160,10 @@ def _order(train: list[TrainSet], seed: int) -> grain.MapDataset:
     return sets[0] if len(sets) == 1 else grain.MapDataset.mix(sets, [part.weight for part in train])
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> range:
-    """Return the rows of a global batch that a process reads."""
-    if batch_size % process_count:
-        raise InputError(
-            f"data.batch_size is {batch_size} and there are {process_count} processes; "
-            "make the batch a multiple of the processes."
-        )
-    rows = batch_size // process_count
-    return range(process_index * rows, (process_index + 1) * rows)
-
-
 class _TrainBatches:
     """Random access to training batches from a step on."""
 
-    def __init__(self, train: list[TrainSet], batch_size: int, seed: int, step: int, rows: range):
+    def __init__(self, train: list[TrainSet], batch_size: int, seed: int, step: int, rows: Sequence[int]):
         self.train, self.batch_size, self.step, self.rows = train, batch_size, step, rows
         self.order = _order(train, seed)
 
@@ -183,7 +172,9 @@ class _TrainBatches:
 
     def __getitem__(self, index: int) -> Batch:
         first = (self.step + index) * self.batch_size
-        picked = (self.order[first + row] for row in self.rows)
+        picked = [self.order[first + row] for row in self.rows]
+        for number, part in enumerate(self.train):
+            part.windows.fetch(window for source, window in picked if source == number)
         return _stack([self.train[source].windows[window] for source, window in picked])
 
 
@@ -228,13 +219,13 @@ def _drain(iterator: grain.DatasetIterator) -> Iterator[Batch]:
 
 
 def train_batches(
-    corpus: Corpus, config: DataConfig, seed: int, step: int = 0, process_index: int = 0, process_count: int = 1
+    corpus: Corpus, config: DataConfig, seed: int, step: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Yield this process's rows of the batches of updates step+1, step+2, ... without end.
+    """Yield the batches of updates step+1, step+2, ... without end, or `rows` of them: those of this process.
 
     See `Windows` for the arrays.
     """
-    rows = _share(config.batch_size, process_index, process_count)
+    rows = range(config.batch_size) if rows is None else rows
     return _read_ahead(_TrainBatches(corpus.train, config.batch_size, seed, step, rows), config)
 
 
@@ -246,24 +237,26 @@ def batch_ids(corpus: Corpus, config: DataConfig, seed: int, step: int) -> list[
 
 
 def validation_batches(
-    corpus: Corpus, config: DataConfig, name: str, batches: int = 0, process_index: int = 0, process_count: int = 1
+    corpus: Corpus, config: DataConfig, name: str, batches: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Yield a validation set once; see `window_batches`."""
-    return window_batches(corpus.validation[name], config, batches, process_index, process_count)
+    return window_batches(corpus.validation[name], config, batches, rows)
 
 
 def window_batches(
-    windows: Windows, config: DataConfig, batches: int = 0, process_index: int = 0, process_count: int = 1
+    windows: Windows, config: DataConfig, batches: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Yield all windows once in order, or `batches` batches spread evenly; equally many on every process.
+    """Yield all windows once in order, or `batches` batches spread evenly; or `rows` of each of them.
 
     Rows beyond the last window have mask 0.
     """
-    rows = _share(config.batch_size, process_index, process_count)
+    rows = range(config.batch_size) if rows is None else rows
     total = -(-len(windows) // config.batch_size)
     chosen = range(total) if not 0 < batches < total else [(2 * k + 1) * total // (2 * batches) for k in range(batches)]
     for batch in chosen:
-        yield _stack([_window_or_blank(windows, batch * config.batch_size + row) for row in rows])
+        wanted = [batch * config.batch_size + row for row in rows]
+        windows.fetch(index for index in wanted if index < len(windows))
+        yield _stack([_window_or_blank(windows, index) for index in wanted])
 
 
 def _window_or_blank(windows: Windows, index: int) -> Window:

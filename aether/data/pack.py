@@ -1,10 +1,13 @@
 """Packing as index arithmetic: sequence i of a split is the window of T+1 tokens at i*T over all shards."""
 
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from aether import remote
+from aether.data.blocks import Blocks, fetch_all
 from aether.data.prepared import Prepared, check_ids, shard_file
 from aether.errors import InputError
 
@@ -30,13 +33,13 @@ class Windows:
     def __init__(
         self, prepared: Prepared, split: str, context: int, segments: bool, eot: int, padded: bool, vocab: int
     ):
-        self.folder, self.split, self.context, self.segments = prepared.folder, split, context, segments
-        self.eot, self.vocab = eot, vocab
+        self.prepared, self.split, self.context, self.segments = prepared, split, context, segments
+        self.folder, self.eot, self.vocab = prepared.folder, eot, vocab
         self.begin, self.end = prepared.splits[split]["tokens"]
         self.documents = prepared.splits[split]["documents"]
         counts = [shard["tokens"] for shard in prepared.manifest["shards"]]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, np.ndarray | Blocks] = {}
         targets = self.tokens - 1
         self.count = -(-targets // context) if padded else targets // context
         if self.count < 1:
@@ -64,53 +67,64 @@ class Windows:
         begin = self.begin + index * self.context
         end = min(begin + size, self.end)
         tokens = np.full(size, self.eot, np.int32)
-        breaks = self._fill(tokens, begin, end)
+        self._fill(tokens, begin, end)
         filled = end - begin
-        segments, positions = self._structure(size, breaks) if self.segments else _plain(size)
+        segments, positions = _structure(tokens, filled, self.eot) if self.segments else _plain(size)
         mask = np.ones(self.context, np.int32)
         if filled < size:
             segments[filled:], positions[filled:], mask[filled - 1 :] = 0, 0, 0
         return dict(tokens=tokens, segments=segments, positions=positions, mask=mask)
 
-    def _fill(self, tokens: np.ndarray, begin: int, end: int) -> list[int]:
-        """Copy the tokens in [begin, end) and return where documents begin, both relative to `begin`."""
-        breaks: list[int] = []
+    def fetch(self, indices: Iterable[int]) -> None:
+        """Fetch what these windows lack of a remote folder, side by side; of a local one nothing."""
+        if remote.is_remote(self.folder):
+            wanted = []
+            for index in indices:
+                begin = self.begin + index * self.context
+                for number, first, last in self._pieces(begin, min(begin + self.context + 1, self.end)):
+                    shard = self._shard(number)
+                    assert isinstance(shard, Blocks)
+                    wanted += [(shard, block) for block in shard.missing(first, last)]
+            fetch_all(wanted)
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard, first, last) of the parts of shards that make up the tokens [begin, end)."""
         shard = int(np.searchsorted(self.shard_starts, begin, side="right")) - 1
-        at = begin
-        while at < end:
-            start = int(self.shard_starts[shard])
-            stop = min(end, int(self.shard_starts[shard + 1]))
-            ids, documents = self._shard(shard)
-            piece = tokens[at - begin : stop - begin]
-            piece[:] = ids[at - start : stop - start]
+        while begin < end:
+            start, stop = int(self.shard_starts[shard]), min(end, int(self.shard_starts[shard + 1]))
+            yield shard, begin - start, stop - start
+            begin, shard = stop, shard + 1
+
+    def _fill(self, tokens: np.ndarray, begin: int, end: int) -> None:
+        """Copy the tokens in [begin, end)."""
+        at = 0
+        for shard, first, last in self._pieces(begin, end):
+            piece = tokens[at : at + last - first]
+            piece[:] = self._shard(shard)[first:last]
             check_ids(int(piece.max()), self.vocab, shard_file(self.folder, "tokens", shard))
-            first, last = np.searchsorted(documents, (at - start, stop - start))
-            breaks += (documents[first:last] + (start - begin)).tolist()
-            at, shard = stop, shard + 1
-        return breaks
+            at += last - first
 
-    def _structure(self, size: int, breaks: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        starts = [b for b in breaks if b]
-        if not starts:
-            return _plain(size)
-        edges = np.array([0, *starts, size])
-        lengths = np.diff(edges)
-        segments = np.repeat(np.arange(1, len(edges), dtype=np.int32), lengths)
-        positions = np.arange(size, dtype=np.int32) - np.repeat(edges[:-1].astype(np.int32), lengths)
-        return segments, positions
-
-    def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Map a shard's arrays into memory at its first use in this process."""
+    def _shard(self, number: int) -> np.ndarray | Blocks:
+        """Open a shard's tokens at their first use in this process: a memory map, or blocks of a remote file."""
         if number not in self._open:
-            files = (shard_file(self.folder, what, number) for what in ("tokens", "documents"))
+            file = shard_file(self.folder, "tokens", number)
+            if remote.is_remote(file):
+                self._open[number] = self._blocks(file, number)
+                return self._open[number]
             try:
-                tokens, documents = (np.asarray(np.load(file, mmap_mode="r")) for file in files)
+                self._open[number] = np.asarray(np.load(file, mmap_mode="r"))
             except (OSError, ValueError) as e:
                 raise InputError(
                     f"shard {number} of {self.folder} cannot be read ({e}); prepare the text again."
                 ) from e
-            self._open[number] = tokens, documents
         return self._open[number]
+
+    def _blocks(self, file: str, number: int) -> Blocks:
+        name, about = os.path.basename(file), self.prepared.manifest
+        copy = os.path.join(self.prepared.cache, name)
+        return Blocks(
+            file, copy, self.prepared.sizes[name], about["shards"][number]["tokens"], np.dtype(about["dtype"])
+        )
 
     def name(self, index: int) -> str:
         """Return where a window lies, for messages."""
@@ -118,6 +132,19 @@ class Windows:
         return (
             f"{os.path.basename(self.folder)}/{self.split} tokens {begin} to {min(begin + self.context, self.end - 1)}"
         )
+
+
+def _structure(tokens: np.ndarray, filled: int, eot: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number the documents, each of which begins with end of text, and the tokens within them."""
+    size = len(tokens)
+    starts = np.flatnonzero(tokens[1:filled] == eot) + 1
+    if not len(starts):
+        return _plain(size)
+    edges = np.concatenate([[0], starts, [size]])
+    lengths = np.diff(edges)
+    segments = np.repeat(np.arange(1, len(edges), dtype=np.int32), lengths)
+    positions = np.arange(size, dtype=np.int32) - np.repeat(edges[:-1].astype(np.int32), lengths)
+    return segments, positions
 
 
 def _plain(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,26 +1,30 @@
 """Tokenise a source into a prepared folder, once: in order, resumable shard by shard, in processes if asked."""
 
-import contextlib
-import fcntl
 import hashlib
+import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from aether import remote
 from aether.config import DataConfig
+from aether.data import files
 from aether.data import prepared as folders
 from aether.data.encode import encode_all
+from aether.data.files import Log, cache_folder, key_of
 from aether.data.prepared import Prepared
 from aether.data.records import COMPRESSED
 from aether.data.sources import Source, hold_out
 from aether.data.texts import Texts
 from aether.data.tokenizers import Tokenizer, save_tokenizer
-from aether.errors import InputError, StorageError
+from aether.errors import InputError
 
 SHARD_TOKENS = 1 << 26
+LOCK = "lock"
 
 
 def prepare(
@@ -31,10 +35,12 @@ def prepare(
     workers: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     progress: bool = True,
+    log: Log = lambda line: None,
 ) -> Prepared:
     """Tokenise a source into the folder `out`, the share `data.validation_fraction` of it as the split `validation`.
 
-    Goes on where a killed run stopped, and does nothing if the folder is finished.
+    Goes on where a killed run stopped, and does nothing if the folder is finished. A remote folder is written shard
+    by shard; in either kind the manifest comes last, without which nothing reads the folder.
 
     Args:
       workers: processes that tokenise (0: this one).
@@ -43,13 +49,14 @@ def prepare(
       InputError: the source holds no text, or `out` holds something else.
     """
     plan = plan_of(source, config, tokenizer) | dict(shard_tokens=shard_tokens)
-    if _is_finished(out, plan):
+    if _plan(out) == plan and _is_finished(out):
         return folders.open_prepared(out)
-    with _alone(out):
-        if _is_finished(out, plan):  # by the process that held the lock
+    with files.alone(_lock(out, config), log):
+        _check_plan(out, plan)
+        if _is_finished(out):  # by the process that held the lock
             return folders.open_prepared(out)
         _remove_temporary(out)
-        folders.write_json(os.path.join(out, folders.PLAN), plan)
+        files.write_json(os.path.join(out, folders.PLAN), plan)
         save_tokenizer(tokenizer, os.path.join(out, folders.TOKENIZER))
         source = hold_out(source, config.validation_fraction)
         texts = Texts(source, config)
@@ -61,37 +68,58 @@ def prepare(
         return folders.write_manifest(out, tokenizer, shards, splits, about)
 
 
-def _is_finished(out: str, plan: dict[str, Any]) -> bool:
-    """Return whether `out` holds this preparation to its end; raise `InputError` if it holds something else."""
-    done = folders.read_json(os.path.join(out, folders.PLAN))
+def _plan(out: str) -> dict[str, Any] | None:
+    return files.read_json(os.path.join(out, folders.PLAN))
+
+
+def _is_finished(out: str) -> bool:
+    return files.read_json(os.path.join(out, folders.MANIFEST)) is not None
+
+
+def _check_plan(out: str, plan: dict[str, Any]) -> None:
+    """Raise `InputError` if `out` holds something else than a part of this preparation."""
+    done = _plan(out)
     if done is not None and done != plan:
         differ = ", ".join(f"{k} {done.get(k)!r} and now {plan[k]!r}" for k in sorted(plan) if done.get(k) != plan[k])
         raise InputError(f"{out} holds another preparation ({differ}); give another folder, or remove this one.")
-    if done is None and os.path.isdir(out) and not all(f == "lock" or ".tmp" in f for f in os.listdir(out)):
+    if done is None and not all(f == LOCK or ".tmp" in f for f in _names(out)):
         raise InputError(f"{out} is not empty and not a prepared folder; give another folder.")
-    return done is not None and os.path.exists(os.path.join(out, folders.MANIFEST))
 
 
-@contextlib.contextmanager
-def _alone(out: str) -> Iterator[None]:
-    """Hold the folder's lock, so that runs started together prepare a corpus once."""
-    try:
-        os.makedirs(out, exist_ok=True)
-        lock = open(os.path.join(out, "lock"), "wb")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except FileExistsError as e:
-        raise InputError(f"{out} is a file; give a folder to prepare into.") from e
-    except OSError as e:
-        raise StorageError(f"{out} cannot be written: {e.strerror}; give another folder (data.cache_dir).") from e
-    with lock:
-        yield
+def _names(out: str) -> list[str]:
+    """List what is in a folder, folders too where it is local."""
+    return list(files.sizes(out)) if remote.is_remote(out) else os.listdir(out)
+
+
+def _lock(out: str, config: DataConfig) -> str:
+    """Return the lock of a folder; of a remote one it keeps this machine's processes apart."""
+    if not remote.is_remote(out):
+        return os.path.join(out, LOCK)
+    return os.path.join(cache_folder(config), "locks", key_of(out), LOCK)
 
 
 def _remove_temporary(out: str) -> None:
     """Remove the files that a killed run left half written."""
-    for file in os.listdir(out):
+    for file in [] if remote.is_remote(out) else os.listdir(out):
         if ".tmp" in file:
             os.remove(os.path.join(out, file))
+
+
+def discard(out: str, tell: Callable[[InputError], None]) -> None:
+    """Empty a local prepared folder that is still damaged when no other process works on it."""
+    with files.alone(os.path.join(out, LOCK), lambda line: None):
+        try:
+            folders.open_prepared(out)
+        except InputError as e:
+            if not _is_finished(out):  # another process emptied it before
+                return
+            tell(e)
+            # A kill between two of these leaves a part that is taken up, with the plan, or an empty folder.
+            order = (folders.MANIFEST, "shard-", "tokens-", "documents-", folders.PLAN)
+            for file in sorted(files.sizes(out), key=lambda f: [f.startswith(start) for start in order], reverse=True):
+                if file != LOCK:
+                    os.remove(os.path.join(out, file))
+            shutil.rmtree(os.path.join(out, folders.TOKENIZER), ignore_errors=True)
 
 
 def plan_of(source: Source, config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -107,8 +135,8 @@ def plan_of(source: Source, config: DataConfig, tokenizer: Tokenizer) -> dict[st
 
 
 def files_hash(source: Source) -> str:
-    """Return a digest of names, sizes and times of change of a source's files."""
-    items = [(i.name, i.file, i.size, i.mtime) for i in (*source.items, *source.held_out)]
+    """Return a digest of names, sizes and versions of a source's files."""
+    items = [(i.name, i.file, i.size, i.version) for i in (*source.items, *source.held_out)]
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
 
@@ -154,7 +182,7 @@ def _skipped(texts: Iterable[bytes], count: int, update: Callable[[int], Any]) -
 
 def _finished(out: str) -> list[dict]:
     shards: list[dict] = []
-    while (record := folders.read_json(os.path.join(out, f"shard-{len(shards):05d}.json"))) is not None:
+    while (record := files.read_json(os.path.join(out, f"shard-{len(shards):05d}.json"))) is not None:
         shards.append(record)
     return shards
 
@@ -177,13 +205,13 @@ class _Shard:
     def write(self, out: str, number: int) -> dict[str, Any]:
         """Write the arrays, then the record, which makes the shard finished; return the record."""
         tokens, documents = np.concatenate(self.ids), np.array(self.starts, np.int64)
-        folders.write_atomic(folders.shard_file(out, "tokens", number), tokens)
-        folders.write_atomic(folders.shard_file(out, "documents", number), documents)
+        files.write_array(folders.shard_file(out, "tokens", number), tokens)
+        files.write_array(folders.shard_file(out, "documents", number), documents)
         digest = hashlib.sha256(tokens.data)
         digest.update(documents.data)
         record: dict[str, Any] = dict(tokens=self.length, documents=len(self.starts), bytes=self.bytes)
         record |= dict(max_id=int(tokens.max()), sha256=digest.hexdigest())
-        folders.write_json(os.path.join(out, f"shard-{number:05d}.json"), record)
+        files.write_json(os.path.join(out, f"shard-{number:05d}.json"), record)
         return record
 
 
@@ -202,6 +230,7 @@ def _token_of_document(document: int, shards: list[dict], out: str) -> int:
     tokens = 0
     for number, shard in enumerate(shards):
         if document < shard["documents"]:
-            return tokens + int(np.load(folders.shard_file(out, "documents", number), mmap_mode="r")[document])
+            starts = files.read(folders.shard_file(out, "documents", number)) or b""
+            return tokens + int(np.load(io.BytesIO(starts))[document])
         document, tokens = document - shard["documents"], tokens + shard["tokens"]
     return tokens

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from aether.data.files import read_json, sizes, write_json
 from aether.data.tokenizers import Tokenizer, restore_tokenizer
-from aether.errors import InputError, StorageError
+from aether.errors import InputError
 
 FORMAT, VERSION = "aether prepared text", 1
 MANIFEST = "manifest.json"
@@ -20,10 +21,17 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder whose manifest was read and whose files were found whole."""
+    """A prepared folder whose manifest was read and whose files were found whole.
+
+    Attributes:
+      cache: a local folder for what is read of a remote one.
+      sizes: bytes of the files by name.
+    """
 
     folder: str
     manifest: dict[str, Any]
+    cache: str = ""
+    sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -50,50 +58,17 @@ def shard_file(folder: str, what: str, number: int) -> str:
     return os.path.join(folder, f"{what}-{number:05d}.npy")
 
 
-def write_atomic(path: str, content: Any) -> None:
-    """Write bytes, or an array as .npy, under another name and rename it: a file is there whole or not at all."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as f:
-            if isinstance(content, bytes):
-                f.write(content)
-            else:
-                np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(content))
-                f.write(content.data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise StorageError(f"{path} cannot be written: {e.strerror or e}; free some space or change the folder.") from e
-
-
-def write_json(path: str, record: dict[str, Any]) -> None:
-    """Write a record atomically."""
-    write_atomic(path, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def read_json(path: str) -> dict[str, Any] | None:
-    """Return a JSON object, or None where there is no file or no object in it."""
-    try:
-        with open(path, "rb") as f:
-            record = json.loads(f.read())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    except OSError as e:
-        raise StorageError(f"{path} cannot be read: {e.strerror}.") from e
-    return record if isinstance(record, dict) else None
-
-
 def is_prepared(path: str) -> bool:
     """Return whether a path is a prepared folder, finished or not."""
     records = (read_json(os.path.join(path, name)) for name in (MANIFEST, PLAN))
     return any(record is not None and record.get("format") == FORMAT for record in records)
 
 
-def open_prepared(folder: str) -> Prepared:
+def open_prepared(folder: str, cache: str = "") -> Prepared:
     """Read the manifest and check that the shards are there with their sizes; contents are trusted.
+
+    Args:
+      cache: local folder under which the tokens of a remote folder are kept.
 
     Raises:
       InputError: unfinished, of another format version, or damaged.
@@ -107,10 +82,10 @@ def open_prepared(folder: str) -> Prepared:
         have = manifest.get("version")
         raise InputError(f"{folder} has format version {have} and this Aether reads {VERSION}; prepare the text again.")
     try:
-        item = np.dtype(manifest["dtype"]).itemsize
+        item, have = np.dtype(manifest["dtype"]).itemsize, sizes(folder)
         for number, shard in enumerate(manifest["shards"]):
-            _check_size(shard_file(folder, "tokens", number), shard["tokens"] * item)
-            _check_size(shard_file(folder, "documents", number), shard["documents"] * 8)
+            _check_size(shard_file(folder, "tokens", number), have, shard["tokens"] * item)
+            _check_size(shard_file(folder, "documents", number), have, shard["documents"] * 8)
         top, vocab = max(s["max_id"] for s in manifest["shards"]), manifest["tokenizer"]["vocab_size"]
         _ = manifest["fingerprint"], [s["tokens"][1] for s in manifest["splits"].values()]
     except (KeyError, TypeError, ValueError, IndexError) as e:
@@ -118,14 +93,13 @@ def open_prepared(folder: str) -> Prepared:
             raise
         raise InputError(f"{folder}/{MANIFEST} is damaged ({e!r}); prepare the text again.") from e
     check_ids(top, vocab, folder)
-    return Prepared(folder, manifest)
+    return Prepared(folder, manifest, cache and os.path.join(cache, "shards", manifest["fingerprint"]), have)
 
 
-def _check_size(file: str, payload: int) -> None:
-    try:
-        size = os.path.getsize(file)
-    except OSError as e:
-        raise InputError(f"{file} is missing; prepare the text again.") from e
+def _check_size(file: str, have: dict[str, int], payload: int) -> None:
+    size = have.get(os.path.basename(file))
+    if size is None:
+        raise InputError(f"{file} is missing; prepare the text again.")
     if not payload + 64 <= size <= payload + 256:
         raise InputError(
             f"{file} has {size} bytes where its manifest needs about {payload + 128}; prepare the text again."
@@ -176,4 +150,4 @@ def write_manifest(
         **about,
     )
     write_json(os.path.join(folder, MANIFEST), manifest)
-    return Prepared(folder, manifest)
+    return open_prepared(folder)

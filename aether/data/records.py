@@ -1,14 +1,14 @@
-"""Reading one file or data set: text, JSON lines, Parquet and TFDS, plain or compressed."""
+"""Reading one file, local or remote: text, JSON lines and Parquet, plain or compressed."""
 
 import contextlib
 import gzip
 import io
 import json
 import lzma
-import os
 from collections.abc import Iterator
 from typing import IO, Any
 
+from aether import remote
 from aether.errors import InputError, StorageError
 
 COMPRESSED = (".gz", ".zst", ".xz")
@@ -36,15 +36,23 @@ def storage(file: str) -> Iterator[None]:
         raise StorageError(f"{file} cannot be read: {e.strerror or e}.") from e
 
 
-def open_binary(file: str) -> IO[bytes]:
-    """Open a file for reading, decompressed."""
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.endswith(".xz"):
-        return lzma.open(file, "rb")
-    if file.endswith(".zst"):
-        return io.BufferedReader(_Zstd(file), 1 << 20)
-    return open(file, "rb")
+def open_plain(file: str) -> IO[bytes]:
+    """Open a file, local or remote, for reading as it is."""
+    return remote.open_stream(file) if remote.is_remote(file) else open(file, "rb")
+
+
+@contextlib.contextmanager
+def open_binary(file: str) -> Iterator[IO[bytes]]:
+    """Open a file, local or remote, for reading, decompressed."""
+    with open_plain(file) as raw:
+        if file.endswith(".gz"):
+            yield gzip.open(raw, "rb")  # type: ignore[misc]
+        elif file.endswith(".xz"):
+            yield lzma.open(raw, "rb")
+        elif file.endswith(".zst"):
+            yield io.BufferedReader(_Zstd(raw), 1 << 20)
+        else:
+            yield raw
 
 
 def read_bytes(file: str) -> bytes:
@@ -56,23 +64,22 @@ def read_bytes(file: str) -> bytes:
 class _Zstd(io.RawIOBase):
     """A stream of zstd frames; unlike zstandard's own reader it raises `EOFError` where a file was cut off."""
 
-    def __init__(self, file: str):
-        self._chunks = self._decompressed(file)
+    def __init__(self, source: IO[bytes]):
+        self._chunks = self._decompressed(source)
         self._left = b""
 
-    def _decompressed(self, file: str) -> Iterator[bytes]:
+    def _decompressed(self, source: IO[bytes]) -> Iterator[bytes]:
         import zstandard
 
         frame = None
-        with open(file, "rb") as f:
-            while raw := f.read(1 << 18):
-                while raw:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    try:
-                        yield frame.decompress(raw)
-                    except zstandard.ZstdError as e:
-                        raise EOFError(str(e)) from e
-                    raw, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        while raw := source.read(1 << 18):
+            while raw:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(raw)
+                except zstandard.ZstdError as e:
+                    raise EOFError(str(e)) from e
+                raw, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
         if frame is not None:
             raise EOFError("it ends within a frame")
 
@@ -137,7 +144,7 @@ def read_parquet(file: str, name: str, key: str) -> Iterator[Document]:
 
     with storage(file):
         try:
-            with pyarrow.parquet.ParquetFile(file) as table:
+            with open_plain(file) as raw, pyarrow.parquet.ParquetFile(raw) as table:
                 columns = table.schema_arrow.names
                 if key not in columns:
                     have = ", ".join(map(repr, columns))
@@ -150,38 +157,3 @@ def read_parquet(file: str, name: str, key: str) -> Iterator[Document]:
                             yield f"{name}:{row}", field_bytes({key: value}, key, f"{file} row {row}")
         except pyarrow.ArrowInvalid as e:
             raise InputError(f"{file} is not a Parquet file ({e}).") from e
-
-
-def tfds_builder(path: str, folder: str) -> Any:
-    """Return the builder behind `tfds:NAME[:SPLIT]`, which must be prepared as ArrayRecord.
-
-    Raises:
-      InputError: no such data set, not prepared, or in another file format.
-    """
-    import tensorflow_datasets as tfds
-
-    name = path.split(":")[1]
-    where = folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    try:
-        builder = tfds.builder(name, data_dir=folder or None)
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise InputError(f"{path}: TFDS has no data set {name!r} in {where} ({reason}); see data.tfds_dir.") from e
-    if not builder.info.splits:
-        raise InputError(
-            f"{path} is not prepared in {where}; prepare it with TFDS (file format array_record) or set data.tfds_dir."
-        )
-    if builder.info.file_format.value != "array_record":
-        have = builder.info.file_format.value
-        raise InputError(
-            f"{path} is prepared as {have}; it takes array_record: prepare it again with that file format."
-        )
-    return builder
-
-
-def read_tfds(path: str, split: str, folder: str, key: str) -> Iterator[Document]:
-    """Yield the feature `key` of each record of a split."""
-    source = tfds_builder(path, folder).as_data_source(split)
-    for i in range(len(source)):
-        record = source[i]
-        yield f"{path}:{split}:{i}", field_bytes(record, key, f"{path} record {i} of {split}")

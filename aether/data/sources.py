@@ -5,28 +5,37 @@ import hashlib
 import os
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from aether import remote
 from aether.config import DataConfig
-from aether.data import records
+from aether.data import records, tfds
 from aether.data.records import Document
 from aether.errors import InputError, StorageError
 
 STDLIB = "python:stdlib"
 TFDS = "tfds:"
+SMALL, AHEAD = 1 << 20, 64  # bytes of a remote text that is fetched ahead, and how many are
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file or a TFDS split: `size` in bytes (or records) and `mtime` in ns tell whether it changed."""
+    """A file or a TFDS split.
+
+    `size` in bytes (or records) and `version` tell whether it changed: the time of change in ns, or what a remote
+    listing reports.
+    """
 
     name: str
     file: str
     kind: str
     size: int
-    mtime: int
+    version: int | str
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ def find_source(path: str, config: DataConfig) -> Source:
     """
     if path.startswith(TFDS):
         source = _tfds(path, config)
+    elif remote.is_remote(path):
+        source = _remote(path)
     elif path == STDLIB:
         source = Source(path, tuple(_walk(sysconfig.get_paths()["stdlib"], stdlib=True)))
     elif os.path.isdir(path):
@@ -102,16 +113,41 @@ def _glob(pattern: str) -> Iterator[Item]:
         yield _item(file, os.path.relpath(file, top or ".").replace(os.sep, "/"))
 
 
+def _remote(path: str) -> Source:
+    """Find remote files, with the names and in the order that they would have on a disk."""
+    pattern, single = glob.has_magic(path), False
+    path = path.rstrip("/")
+    if pattern:
+        found = remote.glob(path)
+    else:
+        found, single = remote.find(path)
+    if pattern and not found:
+        raise InputError(f"{path} matches no file; change data.path (or data.mixture, data.validation).")
+    protocol = path.partition("://")[0] + "://"
+    folders = [os.path.dirname(o.address).removeprefix(protocol) for o in found]
+    top = protocol + (os.path.commonpath(folders) if pattern or single else path.removeprefix(protocol)) + "/"
+    named = [(o.address.removeprefix(top), o) for o in found]
+    items = [Item(name, o.address, records.kind_of(name), o.size, o.version) for name, o in named]
+    if not single:
+        items = [item for item in items if not any(part.startswith(".") for part in item.name.split("/"))]
+    return Source(path, tuple(items if pattern else sorted(items, key=_place)), single)
+
+
+def _place(item: Item) -> list[tuple[bool, str]]:
+    """Return what sorts files as a walk meets them: those of a folder before its folders."""
+    *folders, file = item.name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
 def _tfds(path: str, config: DataConfig) -> Source:
     """Take the split that the path names, or `train` with `validation` or `test` held out."""
-    builder = records.tfds_builder(path, config.tfds_dir)
+    builder, place, version = tfds.open_builder(path, config)
     have = list(builder.info.splits)
     parts = path.split(":")
     split = parts[2] if len(parts) > 2 else "train" if "train" in have else have[0]
     if split not in have:
         raise InputError(f"{path} asks for the split {split!r}; the data set has {', '.join(have)}.")
-    mtime = max(os.stat(os.path.join(builder.data_dir, f)).st_mtime_ns for f in os.listdir(builder.data_dir))
-    items = {s: Item(s, f"{builder.data_dir}/{s}", "tfds", builder.info.splits[s].num_examples, mtime) for s in have}
+    items = {s: Item(s, f"{place}/{s}", "tfds", builder.info.splits[s].num_examples, version) for s in have}
     spare = [s for s in ("validation", "test") if s in have and s != split] if len(parts) == 2 else []
     return Source(path, (items[split],), held_out=tuple(items[s] for s in spare[:1]))
 
@@ -141,21 +177,37 @@ def _name_hash(item: Item) -> float:
 
 def read_items(source: Source, items: Iterable[Item], config: DataConfig) -> Iterator[Document]:
     """Yield (name, bytes) of every document that is not empty."""
-    for item in items:
+    for item, text in _begun(items):
         if item.kind == "tfds":
-            found = records.read_tfds(source.path, item.name, config.tfds_dir, config.text_key)
+            found = tfds.read_split(source.path, item.name, config)
         elif item.kind == "jsonl":
             found = records.read_jsonl(item.file, item.name, config.text_key)
         elif item.kind == "parquet":
             found = records.read_parquet(item.file, item.name, config.text_key)
         else:
-            found = _read_text(source, item, config)
+            found = _read_text(source, item, config, text)
         yield from ((name, text) for name, text in found if text)
 
 
-def _read_text(source: Source, item: Item, config: DataConfig) -> Iterator[Document]:
+def _begun(items: Iterable[Item]) -> Iterator[tuple[Item, Callable[[], bytes]]]:
+    """Yield items with a call for their bytes; small remote ones are fetched before their turn, side by side."""
+    ahead: deque[tuple[Item, Callable[[], bytes]]] = deque()
+    with ThreadPoolExecutor(AHEAD // 4) as pool:  # starts its threads with the first task
+        try:
+            for item in items:
+                read = partial(records.read_bytes, item.file)
+                small = item.kind == "text" and item.size <= SMALL and remote.is_remote(item.file)
+                ahead.append((item, pool.submit(read).result if small else read))
+                if len(ahead) > AHEAD:
+                    yield ahead.popleft()
+            yield from ahead
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_text(source: Source, item: Item, config: DataConfig, read: Callable[[], bytes]) -> Iterator[Document]:
     """Yield a text file; one among many that is not UTF-8 is skipped and remembered."""
-    text = records.read_bytes(item.file)
+    text = read()
     if not (source.single and config.tokenizer == "bytes"):
         try:
             text.decode()

@@ -1,5 +1,6 @@
 """Tokenizers: bytes, characters, SentencePiece, GPT-2's BPE. Each token has its bytes, so decoding is a lookup."""
 
+import abc
 import base64
 import hashlib
 import json
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from aether.errors import InputError, StorageError
+from aether.data import files
+from aether.errors import InputError
 
 EOT = "<|endoftext|>"
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
@@ -31,7 +33,7 @@ def split_text(text: str, size: int = PIECE) -> Iterator[str]:
         begin = end
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Maps text to ids and back.
 
     Attributes:
@@ -64,12 +66,24 @@ class Tokenizer:
             digest.update(name.encode() + b"\0" + self.files[name])
         return digest.hexdigest()
 
+    @abc.abstractmethod
     def encode(self, text: bytes | str) -> np.ndarray:
         """Return the ids of a text, int32, without end of text.
 
         Raises:
           InputError: the text is not UTF-8, or has a character that the tokenizer does not know.
         """
+
+    def decode(self, ids: Any) -> bytes:
+        """Return the bytes that the ids stand for; end of text stands for none."""
+        return b"".join(self.pieces[i] for i in np.asarray(ids).reshape(-1).tolist())
+
+
+class TextTokenizer(Tokenizer):
+    """A tokenizer of characters: its text is UTF-8, and is encoded piece by piece."""
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """Return the ids of a text; see `Tokenizer.encode`."""
         if isinstance(text, bytes):
             try:
                 text = text.decode()
@@ -80,12 +94,9 @@ class Tokenizer:
         parts = [np.asarray(self._encode(piece), np.int32) for piece in split_text(text)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
+    @abc.abstractmethod
     def _encode(self, text: str) -> Any:
-        raise NotImplementedError
-
-    def decode(self, ids: Any) -> bytes:
-        """Return the bytes that the ids stand for; end of text stands for none."""
-        return b"".join(self.pieces[i] for i in np.asarray(ids).reshape(-1).tolist())
+        """Return the ids of a piece that `split_text` has cut."""
 
 
 class Bytes(Tokenizer):
@@ -102,7 +113,7 @@ class Bytes(Tokenizer):
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
 
-class Chars(Tokenizer):
+class Chars(TextTokenizer):
     """An id a character of a given set."""
 
     kind = "chars"
@@ -126,7 +137,7 @@ class Chars(Tokenizer):
         return ids
 
 
-class SentencePiece(Tokenizer):
+class SentencePiece(TextTokenizer):
     """A SentencePiece model; its end-of-sentence (or begin-of-sentence, or else one more) id is end of text."""
 
     kind = "sentencepiece"
@@ -161,7 +172,7 @@ class SentencePiece(Tokenizer):
         return ids
 
 
-class GPT2(Tokenizer):
+class GPT2(TextTokenizer):
     """Byte-pair encoding with GPT-2's pattern; an id is also the rank of its merge."""
 
     kind = "gpt2"
@@ -202,24 +213,23 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as f:
-            return f.read()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
-        raise InputError(f"data.tokenizer names the file {path}, which does not exist.") from e
-    except OSError as e:
-        raise StorageError(f"{path} cannot be read: {e.strerror}.") from e
+    content = files.read(path)
+    if content is None:
+        raise InputError(f"data.tokenizer names the file {path}, which does not exist.")
+    return content
 
 
 def _gpt2_ranks(folder: str) -> dict[bytes, int]:
     """Read the table of ids from `r50k_base.tiktoken`, or from `encoder.json` with `vocab.bpe`."""
-    table, encoder, merges = (os.path.join(folder, n) for n in ("r50k_base.tiktoken", "encoder.json", "vocab.bpe"))
-    if not os.path.exists(table) and not (os.path.exists(encoder) and os.path.exists(merges)):
+    table, encoder, merges = "r50k_base.tiktoken", "encoder.json", "vocab.bpe"
+    have = files.sizes(folder)
+    if table not in have and not (encoder in have and merges in have):
         raise InputError(
             f"data.tokenizer=gpt2:{folder} finds neither r50k_base.tiktoken nor encoder.json with vocab.bpe there."
         )
+    found = {name: _read(os.path.join(folder, name)) for name in (table, encoder, merges) if name in have}
     try:
-        return _parse_table(_read(table)) if os.path.exists(table) else _parse_encoder(_read(encoder), _read(merges))
+        return _parse_table(found[table]) if table in found else _parse_encoder(found[encoder], found[merges])
     except (ValueError, KeyError, IndexError) as e:
         raise InputError(f"data.tokenizer=gpt2:{folder} has damaged files ({e}); fetch them again.") from e
 
@@ -244,15 +254,9 @@ def _parse_encoder(encoder: bytes, merges: bytes) -> dict[bytes, int]:
 def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
     """Write all that `restore_tokenizer` needs into a folder."""
     record = dict(kind=tokenizer.kind, spec=tokenizer.spec, vocab_size=tokenizer.vocab_size, hash=tokenizer.hash)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        files = {**tokenizer.files, "tokenizer.json": json.dumps(record, indent=2).encode() + b"\n"}
-        for name, content in files.items():
-            with open(os.path.join(folder, f"{name}.tmp{os.getpid()}"), "wb") as f:
-                f.write(content)
-            os.replace(f.name, os.path.join(folder, name))
-    except OSError as e:
-        raise StorageError(f"{folder} cannot be written: {e.strerror}.") from e
+    parts = {**tokenizer.files, "tokenizer.json": json.dumps(record, indent=2).encode() + b"\n"}
+    for name, content in parts.items():
+        files.write(os.path.join(folder, name), content)
 
 
 def restore_tokenizer(folder: str) -> Tokenizer:

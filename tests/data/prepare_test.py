@@ -193,7 +193,7 @@ def test_a_full_disk_is_a_storage_error(jsonl, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="cannot be written: No space left"):
+    with pytest.raises(StorageError, match="plan.json: disk full"):
         run(jsonl, tmp_path / "out")
     assert not any(".tmp" in f for f in os.listdir(tmp_path / "out"))
     monkeypatch.undo()

@@ -2,6 +2,7 @@ import gzip
 import importlib
 import json
 import lzma
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -122,3 +123,16 @@ def test_tfds_errors_name_what_there_is(tfds_dir, tmp_path):
         list(documents("tfds:small_text", DataConfig(tfds_dir=tfds_dir[0], text_key="body")))
     with pytest.raises(InputError, match="is not prepared in .*tfds_dir"):
         find_source("tfds:small_text", DataConfig(tfds_dir=str(tmp_path)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_remote_tfds_set_is_fetched_split_by_split_and_once(tfds_dir, far, requests, tmp_path):
+    shutil.copytree(tfds_dir[0], far / "bucket/tfds")
+    config = DataConfig(tfds_dir="far://bucket/tfds", cache_dir=str(tmp_path / "cache"))
+    here = list(documents("tfds:small_text:validation", DataConfig(tfds_dir=tfds_dir[0])))
+    assert list(documents("tfds:small_text:validation", config)) == here
+    asked = requests("read")
+    assert len(asked) == 3 and not any("train" in line for line in asked), "two descriptions and a file of records"
+    assert list(documents("tfds:small_text:validation", config)) == here and not requests("read")
+    with pytest.raises(InputError, match="tfds:no_such_set is not in far://bucket/tfds"):
+        find_source("tfds:no_such_set", config)
