@@ -29,14 +29,21 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def owned(leaf: Any) -> Any:
     """Return an array that donating or changing `leaf` does not touch.
 
-    On accelerators Orbax copies to the host before `save` returns. On a CPU it reads the same memory, and a donated
-    step would wait for the writer.
+    On accelerators Orbax copies to the host before a save returns. On a CPU it reads the same memory, and the next
+    donated step would wait for the writer; of the ways to copy, JAX's own costs least, since it goes on while the call
+    returns (`tools/bench.py --what=save`; LOG.md).
     """
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
+    return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_host(leaf) else leaf
+
+
+def on_host(leaf: Any) -> bool:
+    """Say whether a leaf is in the memory that this process's CPU works on."""
+    if not isinstance(leaf, jax.Array):
+        return True
     devices: set[Any] = leaf.devices()
-    on_cpu = next(iter(devices)).platform == "cpu"
-    return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_cpu else leaf
+    return next(iter(devices)).platform == "cpu"
 
 
 def target_of(leaf: Any) -> Any:

@@ -44,6 +44,9 @@ KINDS: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Activations of a block that `model.remat_names` may keep.
+REMAT_NAMES = ("query", "key", "value", "attention", "product", "hidden")
+
 # Peak learning rates of the baseline: GPT-3's table (Brown et al., 2020), and a sweep for `tiny` (LOG.md).
 # AetherGPT's best rate is a multiple of it: measured at `tiny`, carried over to the other sizes.
 LEARNING_RATES = {"tiny": 3e-3, "124m": 6e-4, "350m": 3e-4, "774m": 2.5e-4, "1.5b": 2e-4}
@@ -118,7 +121,7 @@ class ModelConfig(Section, prefix="model"):
     heads: int = knob(0, "attention heads (0: by size)", low=0, auto=True)
     width: int = knob(0, "width of the residual stream (0: by size)", low=0, auto=True)
     hidden: int = knob(0, "hidden units of the MLP (0: 4 x width)", low=0, auto=True)
-    vocab: int = knob(0, "rows of the embedding (0: the tokenizer's vocabulary)", low=0, auto=True)
+    vocab: int = knob(0, "ids that may be predicted (0: the tokenizer's)", low=0, auto=True)
     attention: str = knob(AUTO, "score of query and key", choices=(AUTO, "yat", "dot"), auto=True)
     mlp: str = knob(AUTO, "hidden unit", choices=(AUTO, "yat", "gelu"), auto=True)
     norm: str = knob(AUTO, "normalisation before each branch", choices=(AUTO, "none", "layernorm"), auto=True)
@@ -140,8 +143,35 @@ class ModelConfig(Section, prefix="model"):
     dropout: float = knob(0.0, "dropout on embeddings and on the output of each branch", low=0.0, high=0.9)
     dtype: str = knob("bfloat16", "compute dtype (parameters stay float32)", choices=("bfloat16", "float32"))
     remat: str = knob(
-        "none", "recompute blocks in the backward pass to save memory", choices=("none", "block"), free=True
+        "none",
+        "what blocks keep for the backward pass: all, their matrix products, nothing but their input, that in the "
+        "host's memory, or what model.remat_names says",
+        choices=("none", "dots", "full", "offload", "names"),
+        free=True,
     )
+    remat_names: str = knob(
+        "", "with model.remat=names: what to keep, of query, key, value, attention, product, hidden", free=True
+    )
+    scan_layers: bool = knob(True, "compile one block and loop over it, or each block on its own", free=True)
+    vocab_multiple: int = knob(128, "embedding and head have rows for a multiple of this, the last ones unused", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.kept_names() if name not in REMAT_NAMES]
+        if unknown or (self.remat == "names") != bool(self.kept_names()):
+            raise InputError(
+                f"model.remat is {self.remat} and model.remat_names {self.remat_names!r}; with model.remat=names it "
+                f"takes some of {', '.join(REMAT_NAMES)}, and otherwise nothing."
+            )
+
+    def kept_names(self) -> list[str]:
+        """Return the activations that `remat_names` names."""
+        return [name.strip() for name in self.remat_names.split(",") if name.strip()]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding: `vocab` padded to a multiple of `vocab_multiple`."""
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
     def resolved(self, vocab: int) -> Self:
         """Decide what `kind` and `size` leave open; `vocab` is the tokenizer's number of ids."""
@@ -273,11 +303,44 @@ class CheckpointConfig(Section, prefix="checkpoint"):
 
 @dataclass(frozen=True)
 class MeshConfig(Section, prefix="mesh"):
-    """How many devices along each axis; one of them may be -1, which takes the rest."""
+    """How many devices along each axis, within a slice (ICI) and across slices (DCN); -1 takes what is left."""
 
     data: int = knob(-1, "replicas, each with its share of the batch", low=-1, free=True)
     fsdp: int = knob(1, "like data, and parameters are split over it", low=-1, free=True)
     tensor: int = knob(1, "heads, hidden units and vocabulary are split over it", low=-1, free=True)
+    sequence: int = knob(1, "positions of each sequence are split over it", low=-1, free=True)
+    dcn_data: int = knob(-1, "slices along data", low=-1, free=True)
+    dcn_fsdp: int = knob(1, "slices along fsdp", low=-1, free=True)
+    dcn_tensor: int = knob(1, "slices along tensor", low=-1, free=True)
+    dcn_sequence: int = knob(1, "slices along sequence", low=-1, free=True)
+    rules: dict[str, str] = knob(
+        {}, "logical axis -> mesh axes (comma-separated, or none) in place of the built-in table", free=True
+    )
+    max_replicated: int = knob(
+        64,
+        "MiB of the largest array that may lie whole on every device where fsdp or tensor split others",
+        low=0,
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
+class FaultsConfig(Section, prefix="faults"):
+    """What may go wrong in a run, when it counts as such, and what is done then."""
+
+    start_timeout_seconds: int = knob(300, "how long processes wait for each other at the start", low=1, free=True)
+    heartbeat_timeout_seconds: int = knob(100, "silence after which a process counts as lost", low=2, free=True)
+    watchdog_factor: float = knob(20.0, "report a hang after this many median steps (0: never)", low=0.0, free=True)
+    watchdog_seconds: float = knob(120.0, "but not before this many seconds", low=0.1, free=True)
+    record_steps: int = knob(100, "steps that the flight recorder holds", low=1, high=100000, free=True)
+    spike_sigma: float = knob(0.0, "standard deviations above its window that make a loss a spike (0: none)", low=0.0)
+    spike_window: int = knob(100, "steps in that window", low=2, high=100000)
+    spike_action: str = knob(
+        "skip",
+        "skip the update, or go back to a checkpoint and leave out the batches since",
+        choices=("skip", "rewind"),
+    )
+    max_rewinds: int = knob(3, "rewinds that end the run", low=1, free=True)
 
 
 @dataclass(frozen=True)
@@ -290,6 +353,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def resolved(self, vocab: int) -> Self:
         """Decide everything left at 0 or "auto" and check what spans sections."""

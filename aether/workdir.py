@@ -5,7 +5,6 @@ under `$AETHER_CACHE`, and `Workdir.sync` uploads what changed. The remote is th
 """
 
 import contextlib
-import datetime
 import hashlib
 import json
 import os
@@ -17,14 +16,12 @@ from typing import Any
 
 from aether.config import dumps
 from aether.errors import InputError, StorageError
+from aether.remote import connect
+from aether.remote import version as version_of
 from aether.storage import storage_errors, write_atomic
 
-# Protocol -> the extra of this package that installs its fsspec driver.
-EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 CHECKPOINTS = "checkpoints"
 INDEX = ".index.json"  # in a mirror: name -> [version on the remote, size and time of the local file]
-# What tells versions of a remote object apart: the first of these that its file system reports.
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
 
 
 class Workdir:
@@ -47,7 +44,7 @@ class Workdir:
         if self.remote:
             self.path = path.rstrip("/")
             self.local = _mirror(self.path, primary)
-            self._fs, self._root = _connect(self.path)
+            self._fs, self._root = connect(self.path)
             self._fetch()
         else:
             self.local = Path(os.path.abspath(os.path.expanduser(path)))
@@ -90,6 +87,15 @@ class Workdir:
         if self.primary:
             write_atomic(self.local / name, dumps(record).encode())
 
+    def leave(self, name: str, content: bytes) -> str:
+        """Write a file that no other process writes, from any of them and at once; return its address."""
+        if self.remote:
+            with self._remote_errors("write"):
+                self._fs.pipe_file(f"{self._root}/{name}", content)
+        else:
+            write_atomic(self.local / name, content)
+        return f"{self.path}/{name}"
+
     def sync(self, *names: str) -> None:
         """Upload these files, or all, where they changed since the last time; nothing to do for a local folder."""
         if not (self.remote and self.primary):
@@ -103,7 +109,7 @@ class Workdir:
                     continue
                 with self._remote_errors("write"):
                     self._fs.pipe_file(f"{self._root}/{name}", path.read_bytes())
-                    version = _version(self._fs.info(f"{self._root}/{name}"))
+                    version = version_of(self._fs.info(f"{self._root}/{name}"))
                 self._index[name] = [version, stamp]
                 self._save_index()
 
@@ -138,7 +144,7 @@ class Workdir:
                 elif entry["name"].rstrip("/").rsplit("/", 1)[-1] != CHECKPOINTS:
                     found += self._fs.find(entry["name"], detail=True).values()
         prefix = self._root.strip("/") + "/"
-        named = {e["name"].strip("/").removeprefix(prefix): _version(e) for e in found if not e["name"].endswith("/")}
+        named = {e["name"].strip("/").removeprefix(prefix): version_of(e) for e in found if not e["name"].endswith("/")}
         return {name: version for name, version in named.items() if not _hidden(name)}
 
     def _save_index(self) -> None:
@@ -159,21 +165,6 @@ def _mirror(path: str, primary: bool) -> Path:
     cache = Path(os.environ.get("AETHER_CACHE") or "~/.cache/aether").expanduser()
     slug = re.sub(r"[^\w.-]+", "_", path)[-80:] + "-" + hashlib.sha256(path.encode()).hexdigest()[:12]
     return cache.absolute() / "workdirs" / (slug if primary else slug + "-reader")
-
-
-def _connect(path: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a remote address, and the path within it."""
-    protocol = path.split("://")[0]
-    try:
-        import fsspec
-
-        return fsspec.core.url_to_fs(path)
-    except ImportError as e:
-        extra = EXTRAS.get(protocol)
-        cure = f'pip install "aether[{extra}]"' if extra else "install the fsspec driver for it"
-        raise InputError(f"--workdir is {path}, but the driver for {protocol}:// is not installed; {cure}.") from e
-    except ValueError as e:
-        raise InputError(f"--workdir is {path}; it takes a local folder, or a gs:// or s3:// address ({e}).") from e
 
 
 def _check_folder(path: Path) -> None:
@@ -202,10 +193,3 @@ def _stamp(path: Path) -> list[int] | None:
     except FileNotFoundError:
         return None
     return [status.st_size, status.st_mtime_ns]
-
-
-def _version(info: dict) -> str:
-    """Tell versions of a remote file apart; listings and single answers differ in how they write a time."""
-    mark = next((info[k] for k in VERSION_KEYS if info.get(k) is not None), "")
-    mark = mark.timestamp() if isinstance(mark, datetime.datetime) else str(mark).strip('"')
-    return f"{info['size']} {mark}"

@@ -51,12 +51,18 @@ def trainer():
         config = build(json.loads(text))
         graph, shapes = nnx.split(nnx.eval_shape(lambda: tiny_model(config)))
         init = lambda: init_state(config, nnx.state(tiny_model(config)))  # noqa: E731
-        where = shardings(jax.eval_shape(init), make_mesh(config.mesh, list(devices)))
+        mesh = make_mesh(config.mesh, list(devices))
+        where = shardings(jax.eval_shape(init), mesh, config.mesh)
         loss = partial(LOSSES["lm"], chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
         fast = {"xla_backend_optimization_level": 0} if len(devices) > 1 else None  # halves the time to compile
         update = make_step(config, graph, loss, shapes)
         step = jax.jit(update, donate_argnums=0, out_shardings=(where, None), compiler_options=fast)
-        return jax.jit(init, out_shardings=where, compiler_options=fast), step
+
+        def on_mesh(state, batch):
+            with jax.set_mesh(mesh):
+                return step(state, batch)
+
+        return jax.jit(init, out_shardings=where, compiler_options=fast), on_mesh
 
     def make(config, devices=None):
         init, step = compiled(json.dumps(config.to_json()), tuple(devices or jax.devices()[:1]))

@@ -89,7 +89,7 @@ class Process:
 
     def saving(self) -> bool:
         checkpoints = self.folder / "checkpoints"
-        return checkpoints.is_dir() and any("orbax-checkpoint-tmp" in name for name in os.listdir(checkpoints))
+        return checkpoints.is_dir() and any("unfinished-" in name for name in os.listdir(checkpoints))
 
     def reached(self, step: int) -> bool:
         """Tell whether this process has made the step: until its first line of progress, the lines are of others."""

@@ -64,7 +64,7 @@ def load_run(workdir: str, step: int | None = None, *, mesh: Mesh | None = None)
     mesh = mesh or _mesh(config.mesh)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: _model(config)))
     part = "ema" if config.train.ema else "params"
-    params, _, found = checkpoints.restore_params(placed(shapes, mesh), step, part=part)
+    params, _, found = checkpoints.restore_params(placed(shapes, mesh, config.mesh), step, part=part)
     return Run(workdir, found, config, graph, params, tokenizer, mesh)
 
 

@@ -42,7 +42,8 @@ def make_scorer(
         total = dict.fromkeys(("nll", "correct", "weight", "bytes"), 0.0)
         last = None
         for batch in batches:
-            found = sums(params, lengths, to_global(batch, mesh))
+            with jax.set_mesh(mesh):
+                found = sums(params, lengths, to_global(batch, mesh))
             if last is not None:
                 _add(total, last)  # one batch late, so that the device never waits for this host
             last = found

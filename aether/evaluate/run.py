@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from aether.data.loader import load_corpus, load_validation, window_batches
@@ -39,7 +40,7 @@ def evaluate_run(workdir: str, *, step: int | None = None, data: str | None = No
         desc=name,
         unit="batch",
         file=sys.stderr,
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or jax.process_index() > 0,
     )
     return {"step": run.step, "data": name, **score(run.params, shown)}
 

@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-import jax
-
 from aether.data.loader import validation_batches
-from aether.evaluate.metrics import make_scorer
-from aether.generate.decode import Decoder
 from aether.generate.text import text_stream
+from aether.parallel import local_rows
 from aether.train.meter import divides
 from aether.train.report import Reporter
 from aether.train.setup import Run
@@ -23,18 +20,6 @@ class Evaluator:
     run: Run
     reporter: Reporter
     stop: Stop
-
-    def __post_init__(self) -> None:
-        run = self.run
-        self.score = make_scorer(run.graph, run.loss, run.corpus.tokenizer.token_bytes, run.mesh)
-        tokenizer = run.corpus.tokenizer
-        self.decoder = Decoder(
-            run.graph,
-            run.config.data.context,
-            tokenizer.eot,
-            tokenizer.vocab_size,
-            run.mesh if jax.process_count() > 1 else None,
-        )
 
     def due(self, step: int) -> bool:
         """Return whether an evaluation belongs after `step` and is not written down yet."""
@@ -53,10 +38,9 @@ class Evaluator:
         params = state.params if state.ema is None else state.ema
         losses = []
         for name in [n for n in run.corpus.validation if not self.reporter.has(step, n)]:
-            batches = validation_batches(
-                run.corpus, c.data, name, c.train.eval_batches, jax.process_index(), jax.process_count()
-            )
-            scores = self.score(params, takewhile(lambda _: not self.stop(), batches))
+            rows = local_rows(run.mesh, c.data.batch_size).tolist()
+            batches = validation_batches(run.corpus, c.data, name, c.train.eval_batches, rows)
+            scores = self.run.score(params, takewhile(self.stop.every_few(), batches))
             if self.stop():
                 return None
             losses.append(scores["loss"])
@@ -70,5 +54,5 @@ class Evaluator:
         """Return `train.sample_prompt` and what the model writes after it."""
         c, tokenizer = self.run.config.train, self.run.corpus.tokenizer
         settings = dict(temperature=0.8, seed=c.seed)
-        pieces = text_stream(self.decoder, params, tokenizer, c.sample_prompt, c.sample_tokens, **settings)
-        return c.sample_prompt + "".join(takewhile(lambda _: not self.stop(), pieces))
+        pieces = text_stream(self.run.decoder, params, tokenizer, c.sample_prompt, c.sample_tokens, **settings)
+        return c.sample_prompt + "".join(takewhile(self.stop.every_few(), pieces))

@@ -5,21 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from aether.chips import chip_of
 from aether.config import Config
-
-# Dense bf16 peak, FLOP/s a chip, from the vendors' data sheets.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def matrix_parameters(params: Any) -> int:
@@ -37,6 +24,5 @@ def flops_per_token(config: Config, params: Any) -> int:
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
     """Return the devices' bf16 peak together, FLOP/s, or None where it is unknown (a CPU)."""
-    kind = devices[0].device_kind
-    names = [name for name in PEAKS if kind.startswith(name)]
-    return PEAKS[max(names, key=len)] * len(devices) if names else None
+    chip = chip_of(devices[0].device_kind)
+    return chip.peak / chip.devices * len(devices) if chip else None

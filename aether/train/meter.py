@@ -8,9 +8,13 @@ import jax
 
 from aether.data.loader import batch_ids
 from aether.errors import CheckError
+from aether.train.activity import WAIT
 from aether.train.flops import flops_per_token, peak_flops
 from aether.train.report import Reporter
 from aether.train.setup import Run
+from aether.train.signals import Stop
+from aether.train.spikes import MARGIN, Rewind
+from aether.train.step import STOP
 
 
 def divides(every: int, step: int) -> bool:
@@ -25,8 +29,8 @@ class Meter:
     evaluations and saves do not count.
     """
 
-    def __init__(self, run: Run, reporter: Reporter):
-        self.run, self.reporter = run, reporter
+    def __init__(self, run: Run, reporter: Reporter, stop: Stop):
+        self.run, self.reporter, self.stop = run, reporter, stop
         peak = peak_flops(list(run.mesh.devices.flat))
         self.flops_share = flops_per_token(run.config, run.state.params) / peak if peak else None
         self.late: tuple[int, dict[str, jax.Array]] | None = None
@@ -35,13 +39,15 @@ class Meter:
 
     def begin(self) -> None:
         """Start the clock, at first or after a pause."""
-        self.clock, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.clock, self.waited, self.last_wait, self.steps = time.perf_counter(), 0.0, 0.0, 0
 
     def waiting(self, function: Callable, *args: Any) -> Any:
         """Call a function and count its time as waiting for data."""
         begin = time.perf_counter()
-        result = function(*args)
-        self.waited += time.perf_counter() - begin
+        with self.run.guard.activity(WAIT):
+            result = function(*args)
+        self.last_wait = time.perf_counter() - begin
+        self.waited += self.last_wait
         return result
 
     def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -55,35 +61,59 @@ class Meter:
         """Report what is still late."""
         if self.late is None:
             return
-        (step, metrics), self.late = self.late, None
+        (step, late), self.late = self.late, None
+        metrics: dict[str, float] = {k: v.item() for k, v in jax.device_get(late).items()}
         self.steps += 1
-        in_a_row = int(metrics["skipped_in_a_row"])
+        seconds = self.run.guard.activity.step(step)
+        self.run.guard.recorder(step, self.run.left_out.batch(step - 1), seconds, self.last_wait, metrics)
+        self.stop.agreed(int(metrics.pop(STOP, 0)))
+        in_a_row = int(metrics.pop("skipped_in_a_row"))
         every, last = self.run.config.train.log_every, self.run.config.train.steps
         if in_a_row or step == last or divides(every, step):
             self._report(step, metrics)
         if in_a_row:
-            self._complain(step, in_a_row)
+            self._complain(step, in_a_row, bool(metrics.get("spike")))
 
-    def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values: dict[str, float | None] = {k: v.item() for k, v in jax.device_get(metrics).items()}
-        del values["skipped_in_a_row"]
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
         seconds = time.perf_counter() - self.clock
         rate = self.steps * self.run.config.data.batch_size * self.run.config.data.context / seconds
         mfu = None if self.flops_share is None else rate * self.flops_share
-        values |= dict(tokens_per_second=rate, mfu=mfu, data_wait=self.waited / seconds)
-        self.reporter.train(step, values)
+        rates = dict(tokens_per_second=rate, mfu=mfu, data_wait=self.waited / seconds)
+        self.reporter.train(step, metrics | rates)
         self.begin()
 
-    def _complain(self, step: int, in_a_row: int) -> None:
-        c = self.run.config
-        self.reporter.say(f"step {step}: the loss or gradient is not finite; update skipped ({in_a_row} in a row)")
-        if in_a_row < c.train.max_skipped:
+    def _complain(self, step: int, in_a_row: int, spike: bool) -> None:
+        c, what = self.run.config, "is a spike" if spike else "or gradient is not finite"
+        kept = ""
+        if in_a_row == 1:
+            kept = f"; the last steps are in {self.run.guard.dump('spike' if spike else 'nonfinite')}"
+        self.reporter.say(f"step {step}: the loss {what}; update skipped ({in_a_row} in a row){kept}")
+        if in_a_row >= c.train.max_skipped:
+            self._give_up(step, in_a_row)
+        if spike and c.faults.spike_action == "rewind":
+            self._go_back(step)
+
+    def _go_back(self, step: int) -> None:
+        target = self.run.checkpoints.before(step - MARGIN)
+        if target is None:
+            self.reporter.say(f"there is no checkpoint {MARGIN} steps before it to go back to; going on")
             return
+        c, made = self.run.config.faults, self.run.left_out.rewinds
+        if made >= c.max_rewinds:
+            raise CheckError(
+                f"Step {step} is a spike (faults.spike_sigma is {c.spike_sigma}) and the run has gone back {made} "
+                f"times (faults.max_rewinds is {c.max_rewinds}); lower optim.learning_rate, or raise one of them."
+            )
+        raise Rewind(step, target)
+
+    def _give_up(self, step: int, in_a_row: int) -> None:
+        c, batch = self.run.config, self.run.left_out.batch
         self.reporter.flush()
         steps = range(step - in_a_row, step)
-        ids = [f"step {s + 1}: {named(batch_ids(self.run.corpus, c.data, c.train.seed, s))}" for s in steps]
+        ids = [f"step {s + 1}: {named(batch_ids(self.run.corpus, c.data, c.train.seed, batch(s)))}" for s in steps]
+        what = "were not finite or spikes" if c.faults.spike_sigma else "were not finite"
         raise CheckError(
-            f"{in_a_row} steps in a row were not finite (train.max_skipped is {c.train.max_skipped}); lower "
+            f"{in_a_row} steps in a row {what} (train.max_skipped is {c.train.max_skipped}); lower "
             f"optim.learning_rate or look at these batches (text:sequence): {'; '.join(ids)}."
         )
 

@@ -49,18 +49,20 @@ class Metrics:
 
     Opening drops a torn line and every line beyond `start_step`. Floats are written so that they read back equal;
     one that is not finite becomes `null`, and the line lists its name under `nonfinite`.
+
+    Without a path it only remembers.
     """
 
-    def __init__(self, path: Path, *, start_step: float = math.inf, write: bool = False) -> None:
+    def __init__(self, path: Path | None, *, start_step: float = math.inf, write: bool = False) -> None:
         self.curves: dict[str, Curve] = {}
         self.furthest = -1  # the last step of the file as it was found
         self.dropped = 0
         self._path = path
         self._file: io.FileIO | None = None
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path and path.exists() else []
         kept = [line for line in lines if self._load(line, start_step)]
         self.dropped = len(lines) - len(kept)
-        if write:
+        if path and write:
             if self.dropped:
                 write_atomic(path, b"".join(kept))
             with storage_errors(path):
@@ -94,7 +96,7 @@ class Metrics:
         if bad:
             record["nonfinite"] = bad
         self.curves.setdefault(split, Curve()).add(record)
-        if self._file is not None:
+        if self._file is not None and self._path:
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
             with storage_errors(self._path):
                 while line:
@@ -106,7 +108,7 @@ class Metrics:
 
     def flush(self) -> None:
         """Return once every line is on the disk."""
-        if self._file is not None:
+        if self._file is not None and self._path:
             with storage_errors(self._path):
                 os.fsync(self._file.fileno())
 

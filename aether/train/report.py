@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self, TextIO
 
 from aether.errors import InputError
@@ -31,7 +31,7 @@ class Reporter:
       workdir: the run folder.
       total_steps: the run's last step.
       start_step: the step restored; lines beyond it are dropped from `metrics.jsonl`.
-      primary: whether this process writes and prints; the others remember what `has` asks for.
+      primary: whether this process writes and prints; the others read nothing either, and remember what `has` asks for.
       wandb: the W&B project, or "".
       name: the run's name, in the title of the curves and in W&B.
       config: the resolved config.
@@ -57,7 +57,8 @@ class Reporter:
         self.name, self.parameters = name, parameters
         self._workdir, self._primary = workdir, primary
         self._tokens_per_step = data.get("batch_size", 0) * data.get("context", 0)
-        self._metrics = Metrics(workdir.file(METRICS), start_step=start_step, write=primary)
+        self._metrics = Metrics(workdir.file(METRICS) if primary else None, start_step=start_step, write=True)
+        self._told: set[tuple[int, str]] = set()
         self._pending: dict[str, Curve] | None = None
         self._undrawn = self._closed = False
         if not primary:
@@ -96,7 +97,11 @@ class Reporter:
 
     def has(self, step: int, split: str) -> bool:
         """Say whether there is a line of this step and split, for example from before a restart."""
-        return self._metrics.has(step, split)
+        return (step, split) in self._told or self._metrics.has(step, split)
+
+    def tell(self, step: int, splits: Iterable[str]) -> None:
+        """Have `has` say that there are lines of these splits: what the primary process read, for the others."""
+        self._told |= {(step, split) for split in splits}
 
     def train(self, step: int, metrics: Values) -> None:
         """Record the batch that made update `step`; the progress line shows loss, learning rate, tokens/s and MFU."""

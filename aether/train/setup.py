@@ -21,11 +21,16 @@ from aether.config import CheckpointConfig, Config, build, differences
 from aether.data.loader import Corpus, load_corpus
 from aether.data.tokenizers import restore_tokenizer, save_tokenizer
 from aether.errors import InputError
-from aether.evaluate.metrics import bound_loss
+from aether.evaluate.metrics import Scores, bound_loss, make_scorer
+from aether.generate.decode import Decoder
 from aether.losses import LOSSES, Loss
 from aether.models import MODELS
+from aether.train import agree
+from aether.train.activity import Activity
+from aether.train.guard import Guard
 from aether.train.report import METRICS, Metrics, check_wandb, finished
-from aether.train.step import TrainState, init_state, make_step
+from aether.train.spikes import LeftOut
+from aether.train.step import STOP, TrainState, init_state, make_step
 from aether.workdir import Workdir
 
 PACKAGES = ("aether", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -36,6 +41,7 @@ class Phases:
 
     def __init__(self, started: float):
         self.started = started
+        self.activity = Activity(started)
         self.seconds: dict[str, float] = {}
         self._add("imports", time.perf_counter() - started)
 
@@ -47,7 +53,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Time a phase."""
         begin = time.perf_counter()
-        yield
+        with self.activity(name):
+            yield
         self._add(name, time.perf_counter() - begin)
 
 
@@ -59,19 +66,32 @@ def say(text: str) -> None:
 
 @dataclass
 class Run:
-    """What the loop needs."""
+    """What the loop needs.
+
+    Attributes:
+      like: the shapes and shardings of the state.
+      state: donated with the first step.
+      start: the updates made already.
+      left_out: which batches are.
+      step: the compiled (state, batch) -> (state, metrics).
+      score: see `make_scorer`.
+      decoder: writes samples.
+      guard: watches this process.
+    """
 
     config: Config
     workdir: Workdir
     corpus: Corpus
     mesh: Mesh
-    graph: nnx.GraphDef
-    loss: Loss
     checkpoints: Checkpoints
-    state: TrainState
+    like: Any = field(repr=False)
+    state: TrainState = field(repr=False)
     start: int
+    left_out: LeftOut
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-    phases: Phases = field(repr=False)
+    score: Callable[..., Scores]
+    decoder: Decoder
+    guard: Guard
 
 
 def start(config: Config, path: str, started: float) -> Run | None:
@@ -83,35 +103,62 @@ def start(config: Config, path: str, started: float) -> Run | None:
     phases = Phases(started)
     check_wandb(config.train.wandb)
     workdir = Workdir(path, primary=jax.process_index() == 0)
-    saved = _saved(workdir)
+    saved = agree.of_first(lambda: _saved(workdir))
     with phases("data"):
         config, corpus = _open_data(config, saved, path)
-    record = _record(config, corpus, saved)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, log=say)
-    if saved and _is_finished(config, checkpoints.latest(), workdir, list(corpus.validation)):
+    latest = agree.of_first(checkpoints.latest)
+    if saved and agree.of_first(lambda: _is_finished(config, latest, workdir, list(corpus.validation))):
         say(f"{finished(workdir)}; nothing is left to do (a larger train.steps goes on).")
         return None
     mesh = parallel.make_mesh(config.mesh)
-    parallel.check_batch(config.data.batch_size, config.train.accumulate, mesh)
+    parallel.check(config, mesh)
     loss = bound_loss(LOSSES["lm"], config.train.loss_chunk, config.train.z_loss)
 
     with phases("init"):
         graph, make, like = describe_state(config, mesh)
-        resumed = checkpoints.latest() is not None
-        state = None if resumed else _first_state(config, make, mesh, like, corpus)
-    with phases("compile"):
-        step = compile_step(config, graph, loss, like, mesh)
+        state = None if latest is not None else _first_state(config, make, mesh, like, corpus)
+    guard = Guard(config, corpus, workdir, phases.activity)
     first = 0
-    if resumed:
-        with phases("restore"):
-            state, meta, first = checkpoints.restore(like)
-        say(f"going on from step {first} of {config.train.steps} in {workdir.path}")
-    workdir.write_json("config.json", record)
-    if workdir.primary:
-        save_tokenizer(corpus.tokenizer, str(workdir.file("tokenizer")))
-    workdir.sync()
+    try:
+        with phases("compile"):
+            step = compile_step(config, graph, loss, like, mesh)
+        if latest is not None:
+            with phases("restore"):
+                state, _, first = checkpoints.restore(like)
+            say(f"going on from step {first} of {config.train.steps} in {workdir.path}")
+        if workdir.primary:
+            workdir.write_json("config.json", _record(config, corpus, saved))
+            save_tokenizer(corpus.tokenizer, str(workdir.file("tokenizer")))
+        workdir.sync()
+        left_out = LeftOut.load(workdir)
+        guard.begin(first)
+    except BaseException:
+        guard.close()
+        raise
     assert state is not None
-    return Run(config, workdir, corpus, mesh, graph, loss, checkpoints, state, first, step, phases)
+    tokenizer = corpus.tokenizer
+    return Run(
+        config=config,
+        workdir=workdir,
+        corpus=corpus,
+        mesh=mesh,
+        checkpoints=checkpoints,
+        like=like,
+        state=state,
+        start=first,
+        left_out=left_out,
+        step=step,
+        score=make_scorer(graph, loss, tokenizer.token_bytes, mesh),
+        decoder=Decoder(
+            graph,
+            config.data.context,
+            tokenizer.eot,
+            tokenizer.vocab_size,
+            mesh if jax.process_count() > 1 else None,
+        ),
+        guard=guard,
+    )
 
 
 def _saved(workdir: Workdir) -> dict[str, Any] | None:
@@ -140,6 +187,9 @@ def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> tuple
                     "set it back to go on, or give another --workdir."
                 )
     corpus = load_corpus(config.data, log=lambda line: say(f"  {line}"))
+    agree.check_equal(
+        "The fingerprint of the texts of data.path", corpus.fingerprint, "give all processes the same files"
+    )
     if saved and saved["data_fingerprint"] != corpus.fingerprint:
         raise InputError(
             f"The texts of data.path have changed since the run in {path} began (fingerprint "
@@ -208,18 +258,16 @@ def describe_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Callable[[
         return init_state(config, nnx.state(model()))
 
     shapes = jax.eval_shape(make)
-    return graph, make, parallel.placed(shapes, mesh)
+    return graph, make, parallel.placed(shapes, mesh, config.mesh)
 
 
 def _first_state(config: Config, make: Callable[[], TrainState], mesh: Mesh, like: Any, corpus: Corpus) -> TrainState:
-    state: TrainState = jax.jit(make, out_shardings=parallel.shardings(like, mesh))()
+    state: TrainState = jax.jit(make, out_shardings=parallel.shardings(like, mesh, config.mesh))()
     if not config.train.init_from:
         return state
     folder, at = _source(config.train.init_from)
     source = Workdir(folder, primary=False)
-    if not source.exists():
-        raise InputError(f"train.init_from is {config.train.init_from!r}, but {folder} holds no run (no config.json).")
-    other = source.read_json("config.json")
+    other = agree.of_first(lambda: _other_run(config, source, folder))
     theirs = restore_tokenizer(str(source.local / "tokenizer"))
     if theirs.hash != corpus.tokenizer.hash:
         raise InputError(
@@ -234,6 +282,12 @@ def _first_state(config: Config, make: Callable[[], TrainState], mesh: Mesh, lik
         state.ema = jax.tree.map(lambda p: p.copy(), state.params)
     say(f"starting from the parameters of {folder} at step {step}")
     return state
+
+
+def _other_run(config: Config, source: Workdir, folder: str) -> dict[str, Any]:
+    if not source.exists():
+        raise InputError(f"train.init_from is {config.train.init_from!r}, but {folder} holds no run (no config.json).")
+    return source.read_json("config.json")
 
 
 def _source(text: str) -> tuple[str, int | None]:
@@ -251,14 +305,19 @@ def compile_step(config: Config, graph: nnx.GraphDef, loss: Loss, like: Any, mes
     step = jax.jit(
         make_step(config, graph, loss, like.params),
         donate_argnums=0,
-        out_shardings=(parallel.shardings(like, mesh), None),
+        out_shardings=(parallel.shardings(like, mesh, config.mesh), None),
     )
-    return step.lower(like, batch_shapes(config, mesh)).compile()
+    with jax.set_mesh(mesh):
+        return step.lower(like, batch_shapes(config, mesh)).compile()
 
 
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a global batch."""
+    """Return the shapes of a global batch; where there are several processes, with what tells them to stop."""
     b, t = config.data.batch_size, config.data.context
     sharding = NamedSharding(mesh, parallel.BATCH)
     widths = dict(tokens=t + 1, segments=t + 1, positions=t + 1, mask=t)
-    return {k: jax.ShapeDtypeStruct((b, w), np.int32, sharding=sharding) for k, w in widths.items()}
+    shapes = {k: jax.ShapeDtypeStruct((b, w), np.int32, sharding=sharding) for k, w in widths.items()}
+    if jax.process_count() > 1:
+        each = NamedSharding(mesh, parallel.P(mesh.axis_names))
+        shapes[STOP] = jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=each)
+    return shapes

@@ -13,8 +13,10 @@ from jax import Array
 from aether.config import Config
 from aether.losses import Loss
 from aether.train.optim import learning_rate_scales, make_optimizer, make_schedule
+from aether.train.spikes import empty_window, is_spike, pushed
 
 Batch = dict[str, Array]
+STOP = "stop"  # in the batches of several processes: the signal that a device's process has seen, or 0
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +24,8 @@ Batch = dict[str, Array]
 class TrainState:
     """Everything that a run carries from step to step.
 
-    `params` and `ema` (None when off) are `nnx.State`s; `skipped` counts all non-finite steps.
+    `params` and `ema` (None when off) are `nnx.State`s; `skipped` counts all steps without an update; `window` holds
+    the last losses (None when spikes are not looked for).
     """
 
     step: Array
@@ -31,6 +34,7 @@ class TrainState:
     ema: Any
     skipped: Array
     skipped_in_a_row: Array
+    window: Any = None
 
 
 def init_state(config: Config, params: Any) -> TrainState:
@@ -38,7 +42,8 @@ def init_state(config: Config, params: Any) -> TrainState:
     opt_state = make_optimizer(config.optim).init(params)
     ema = jax.tree.map(jnp.copy, params) if config.train.ema else None
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, params, opt_state, ema, skipped, in_a_row)
+    window = empty_window(config.faults.spike_window) if config.faults.spike_sigma else None
+    return TrainState(step, params, opt_state, ema, skipped, in_a_row, window)
 
 
 def make_step(
@@ -48,8 +53,9 @@ def make_step(
 
     The batch may be split into `train.accumulate` microbatches; their gradients are those of summed losses, divided by
     the tokens of the whole batch, so that the result does not depend on the split. A step whose loss or gradient is not
-    finite changes nothing but the counters. Metrics: loss (nats a token), accuracy, grad_norm, learning_rate, tokens,
-    skipped, skipped_in_a_row.
+    finite, or whose loss is a spike (`aether.train.spikes`), changes nothing but the counters. Metrics: loss (nats a
+    token), accuracy, grad_norm, learning_rate, tokens, skipped, skipped_in_a_row, where spikes are looked for `spike`,
+    and where the batch carries `stop` its largest number.
 
     Args:
       config: resolved.
@@ -59,13 +65,15 @@ def make_step(
     """
     optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim)
     scales = learning_rate_scales(config.optim, params)
-    seed, decay = config.train.seed, config.train.ema
+    seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
 
     def total(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         return loss(nnx.merge(graph, params), batch, key)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        stops = {k: jnp.max(batch[k]) for k in batch if k == STOP}
+        batch = {k: v for k, v in batch.items() if k != STOP}
         grads, sums = accumulate(total, state.params, batch, key, config.train.accumulate)
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
@@ -82,14 +90,19 @@ def make_step(
             ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
 
         finite = jnp.isfinite(nats) & jnp.isfinite(grad_norm)
-        bad = 1 - finite.astype(jnp.int32)
+        window, spike = state.window, jnp.bool_(False)
+        if window is not None:
+            spike = finite & is_spike(window, nats, sigma)
+            window = jnp.where(finite & ~spike, pushed(window, nats), window)
+        made = finite & ~spike
+        bad = 1 - made.astype(jnp.int32)
         params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(made, new, old),
             (params, opt_state, ema),
             (state.params, state.opt_state, state.ema),
         )
-        row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        state = TrainState(state.step + 1, params, opt_state, ema, state.skipped + bad, row)
+        row = jnp.where(made, 0, state.skipped_in_a_row + 1)
+        state = TrainState(state.step + 1, params, opt_state, ema, state.skipped + bad, row, window)
         metrics = dict(
             loss=nats,
             accuracy=sums["correct"] / weight,
@@ -99,7 +112,9 @@ def make_step(
             skipped=state.skipped,
             skipped_in_a_row=row,
         )
-        return state, metrics
+        if window is not None:
+            metrics["spike"] = spike.astype(jnp.int32)
+        return state, metrics | stops
 
     return step
 

@@ -90,12 +90,12 @@ def test_a_sharded_run_on_its_mesh_and_on_others(tmp_path):
         assert kernel.sharding.mesh == run.mesh and len(kernel.sharding.device_set) == run.mesh.size
         ways = run.mesh.shape["fsdp"] * run.mesh.shape["tensor"]
         assert kernel.addressable_shards[0].data.size == kernel.size // ways
-    assert run.mesh.shape == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert run.mesh.shape == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
 
 
 def test_a_run_from_another_number_of_devices_is_spread_over_those_here(tmp_path):
     write_run(tmp_path, 1, mesh=dict(data=3))
-    assert load_run(str(tmp_path)).mesh.shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert load_run(str(tmp_path)).mesh.shape == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("missing", ["all", "config.json", "checkpoints", "step", "tokenizer"])

@@ -28,7 +28,7 @@ def by_hand(graph, params, batches):
     for batch in batches:
         inputs = {k: batch[k][:, :-1] for k in ("tokens", "segments", "positions")}
         hidden, _ = network(inputs["tokens"], segments=inputs["segments"], positions=inputs["positions"])
-        logits = np.asarray(hidden @ network.head_kernel(), np.float64)
+        logits = np.asarray(hidden @ network.head_kernel()[:, :VOCAB], np.float64)
         targets, mask = batch["tokens"][:, 1:], batch["mask"]
         nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
         nats += (nll * mask).sum()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from flax import nnx
 
-from aether.testing import VOCAB, tiny_config, tiny_model
+from aether.testing import tiny_config, tiny_model
 from aether.train.flops import flops_per_token, matrix_parameters, peak_flops
 
 WIDTH, HIDDEN, LAYERS, CONTEXT = 16, 64, 2, 8
@@ -17,7 +17,7 @@ BLOCK = 3 * WIDTH * WIDTH + WIDTH * WIDTH + 2 * WIDTH * HIDDEN  # query, key, va
 def test_both_models_are_counted_alike(kind, head):
     config = tiny_config(kind, model=dict(head=head))
     params = nnx.state(tiny_model(config))
-    matrices = LAYERS * BLOCK + WIDTH * VOCAB
+    matrices = LAYERS * BLOCK + WIDTH * config.model.rows
     assert matrix_parameters(params) == matrices
     assert flops_per_token(config, params) == 6 * matrices + 12 * LAYERS * WIDTH * CONTEXT
 

@@ -178,7 +178,7 @@ def test_what_may_change_is_recorded(finished, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(finished[1], folder)
     changes = ["train.steps=8", "train.log_every=2", "train.eval_every=4", "checkpoint.every=1", "data.prefetch=2"]
-    assert launch(finished[0], folder, *changes, "mesh.data=1", "model.remat=block") == 0
+    assert launch(finished[0], folder, *changes, "mesh.data=1", "model.remat=full") == 0
     assert "going on from step 6 of 8" in capsys.readouterr().err
     record = json.loads((folder / "config.json").read_text())
     made = {c["key"]: (c["from"], c["to"]) for c in record["changes"]}
@@ -189,14 +189,14 @@ def test_what_may_change_is_recorded(finished, tmp_path, capsys):
         "checkpoint.every": (2, 1),
         "data.prefetch": (4, 2),
         "mesh.data": (-1, 1),
-        "model.remat": ("none", "block"),
+        "model.remat": ("none", "full"),
     }
     assert all(c["time"] for c in record["changes"])
     assert record["config"]["optim"]["schedule_steps"] == 6 and record["config"]["train"]["steps"] == 8
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if r["split"] == "train"] == [1, 2, 3, 4, 5, 6, 8]
     assert lines[-1]["step"] == 8 and {"7", "8"} <= set(os.listdir(folder / "checkpoints"))
-    assert launch(finished[0], folder, *changes, "mesh.data=1", "model.remat=block") == 0
+    assert launch(finished[0], folder, *changes, "mesh.data=1", "model.remat=full") == 0
     assert json.loads((folder / "config.json").read_text()) == record, "a finished run records nothing"
 
 

@@ -23,6 +23,8 @@ class Line(nnx.Module):
 class Words(nnx.Module):
     """As much of a language model as `lm` needs: an embedding and a head."""
 
+    vocab = VOCAB
+
     def __init__(self):
         self.embed, self.head = (nnx.Param(jax.random.normal(jax.random.key(i), (VOCAB, 16))) for i in (0, 1))
 
