@@ -5,6 +5,7 @@ python -m tools.bench --what=startup   from the command to the first step of the
 python -m tools.bench --what=reader    tokens a second of the data reader alone
 python -m tools.bench --what=decode    decoding with the key/value cache against recomputing
 python -m tools.bench --what=layers    each ⵟ layer against the usual one: operations, bytes kept for backward, time
+python -m tools.bench --what=save      what the steps lose to a save in the background, by ways to copy the state
 """
 
 import json
@@ -21,28 +22,39 @@ from typing import Any
 
 from absl import flags
 
+from aether.errors import InputError
 from launch import cli
 from launch.overrides import make_config
-from tools import bench_layers
+from tools import bench_layers, bench_save
 
 FLAGS = cli.new_flags()
 flags.DEFINE_enum(
-    "what", "loop", ["loop", "startup", "reader", "decode", "layers"], "what to measure", flag_values=FLAGS
+    "what", "loop", ["loop", "startup", "reader", "decode", "layers", "save"], "what to measure", flag_values=FLAGS
 )
 flags.DEFINE_integer("rounds", 5, "interleaved pairs", flag_values=FLAGS, lower_bound=1)
 flags.DEFINE_integer("steps", 100, "training steps a round (loop)", flag_values=FLAGS, lower_bound=20)
+flags.DEFINE_list("mb", ["10", "500"], "sizes of the state in MB (save)", flag_values=FLAGS)
 
 QUICKSTART = "configs/quickstart.py"
 
 
 def main(args: flags.FlagValues) -> None:
-    """Measure one thing and print one JSON line, with `layers` one for each layer."""
-    if args.what == "layers":
-        for row in bench_layers.rows(args.rounds):
+    """Measure one thing and print one JSON line, with `layers` and `save` several."""
+    if args.what in ("layers", "save"):
+        rows = bench_layers.rows(args.rounds) if args.what == "layers" else bench_save.rows(sizes(args), args.rounds)
+        for row in rows:
             print(json.dumps(row), flush=True)
         return
     measure: dict[str, Callable[[Any], dict[str, Any]]] = dict(loop=loop, startup=startup, reader=reader, decode=decode)
     print(json.dumps(measure[args.what](args)), flush=True)
+
+
+def sizes(args: flags.FlagValues) -> list[int]:
+    """Return the sizes that --mb names."""
+    for text in args.mb:
+        if not (text.isdecimal() and int(text)):
+            raise InputError(f"--mb is {','.join(args.mb)}; it takes whole numbers above 0, separated by commas.")
+    return [int(text) for text in args.mb]
 
 
 def loop(args: flags.FlagValues) -> dict[str, Any]:

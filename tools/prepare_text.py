@@ -3,9 +3,11 @@
   python tools/prepare_text.py --path=corpus.jsonl.zst --tokenizer=gpt2:FOLDER --out=prepared/corpus --workers=8
 
 The path is a file, folder or glob of text, JSON lines or Parquet (plain or .gz, .zst, .xz), `python:stdlib`, or
-`tfds:NAME[:SPLIT]`. The same command goes on after a kill. The last line on stdout is a JSON object with the counts.
+`tfds:NAME[:SPLIT]`; it and --out may be gs:// or s3:// addresses (extras [gcs], [s3]). The same command goes on after
+a kill. The last line on stdout is a JSON object with the counts.
 """
 
+import functools
 import json
 import sys
 
@@ -34,7 +36,8 @@ def main(values: flags.FlagValues) -> None:
     chars = config.tokenizer == "chars"
     tokenizer = chars_tokenizer(characters_of(source, config)) if chars else load_tokenizer(config.tokenizer)
     workers = worth_workers(source, tokenizer) if values.workers < 0 else values.workers
-    manifest = prepare(source, config, tokenizer, out, workers, values.shard_tokens).manifest
+    tell = functools.partial(print, file=sys.stderr)
+    manifest = prepare(source, config, tokenizer, out, workers, values.shard_tokens, log=tell).manifest
     for name in manifest["skipped"]:
         print(f"skipped {name}: not UTF-8 text", file=sys.stderr)
     counts = {k: sum(shard[k] for shard in manifest["shards"]) for k in ("tokens", "documents", "bytes")}
@@ -48,7 +51,7 @@ def define() -> flags.FlagValues:
     values = cli.new_flags()
     flags.DEFINE_string("path", "", "the text", values)
     flags.DEFINE_string("tokenizer", "bytes", "bytes, chars, a SentencePiece .model file, or gpt2:FOLDER", values)
-    flags.DEFINE_string("out", "", "folder to write", values)
+    flags.DEFINE_string("out", "", "folder to write, local or remote", values)
     flags.DEFINE_integer(
         "workers",
         -1,

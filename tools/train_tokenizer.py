@@ -26,7 +26,7 @@ def main(values: flags.FlagValues) -> None:
     import sentencepiece
 
     from aether.config import DataConfig
-    from aether.data.prepared import write_atomic
+    from aether.data.files import write
     from aether.data.tokenizers import load_tokenizer
     from aether.errors import InputError
 
@@ -59,7 +59,7 @@ def main(values: flags.FlagValues) -> None:
             minloglevel=2,
         )
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    write_atomic(out, made.getvalue())
+    write(out, made.getvalue())
     tokenizer = load_tokenizer(out)
     print(json.dumps(dict(out=out, type=values.type, vocab_size=tokenizer.vocab_size, hash=tokenizer.hash)))
 
