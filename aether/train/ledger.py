@@ -150,7 +150,8 @@ def total(sessions: list[dict[str, Any]]) -> Goodput:
     longest = (0.0, "", 0)
     for session, after in zip(sessions, [*sessions[1:], None], strict=True):
         spent = session["seconds"]
-        useful = (min(after["first"], session["step"]) if after else session["step"]) - session["first"]
+        # What the next session goes on from was made, even if the last line before a kill does not say so yet.
+        useful = (after["first"] if after else session["step"]) - session["first"]
         wasted = max(session["made"] - useful, 0)
         in_vain = spent.get(STEPS, 0.0) * wasted / session["made"] if session["made"] else 0.0
         steps, lost = steps + useful, lost + wasted

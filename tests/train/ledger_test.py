@@ -40,6 +40,11 @@ def test_a_session_killed_before_its_first_step_loses_time_alone():
     assert (found.steps, found.lost, found.restarts) == (2, 0, 1) and found.seconds[DOWN] == 4.0
 
 
+def test_steps_made_after_the_last_line_before_a_kill_count():
+    found = total([session(0.0, 0, 35, 35, steps=5.0), session(20.0, 60, 200, 140, "b", steps=14.0)])
+    assert (found.steps, found.lost) == (200, 0) and found.seconds[STEPS] == 19.0
+
+
 def test_a_clock_set_back_between_sessions_takes_no_time_off():
     found = total([session(100.0, 0, 5, 5, steps=50.0), session(110.0, 5, 6, 1, "b", steps=1.0)])
     assert found.seconds[DOWN] == 0.0 and found.wall == 51.0

@@ -234,8 +234,8 @@ def signalling(function, number: int, at: int):
     """Wrap a function that makes an iterator, to send a signal to this process before it yields item `at` of all."""
     count = [0]
 
-    def wrapped(*args):
-        for item in function(*args):
+    def wrapped(*args, **kwargs):
+        for item in function(*args, **kwargs):
             count[0] += 1
             if count[0] == at:
                 os.kill(os.getpid(), number)
@@ -321,7 +321,7 @@ def test_a_signal_during_the_start(text, tmp_path, one_device, monkeypatch, numb
 
 
 def test_a_second_ctrl_c_interrupts(text, tmp_path, one_device, monkeypatch):
-    def impatient(*args):
+    def impatient(*args, **kwargs):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         yield

@@ -34,8 +34,8 @@ def test_a_trace_of_the_steps_asked_for(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop",)))
     batches = loop.train_batches
 
-    def counted(*args):
-        for number, batch in enumerate(batches(*args), 1):
+    def counted(*args, **kwargs):
+        for number, batch in enumerate(batches(*args, **kwargs), 1):
             calls.append(number)
             yield batch
 
