@@ -11,11 +11,12 @@ operand of V bytes and a result of R bytes:
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from aether.plan.hlo import Computation, Instruction, Module, Visit
+from aether.plan.hlo import FUSED, Instruction, Module, Visit
 from aether.plan.layout import Layout, members_of
 from aether.plan.origin import parameter_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+START = 'custom_call_target="AsyncCollectiveStart"'
 MEGASCALE = '_xla_megascale_transfer_type="'  # on a `send` of the TPU compiler: its part of a collective across slices
 
 
@@ -46,11 +47,7 @@ class Collective:
 def collectives(module: Module, layout: Layout) -> list[Collective]:
     """List the collectives, those that are alike in all but size added up, by falling bytes."""
     visits = list(module.walk())
-    started = {
-        (_kind(v.instruction), v.instruction.attribute("channel_id"))
-        for v in visits
-        if v.fused and _kind(v.instruction) and _has_call(v.computation, "AsyncCollectiveStart")
-    }
+    started = {_channel(v.instruction) for v in visits if _kind(v.instruction) and _starts(v)}
     found: dict[tuple, Collective] = {}
     for visit in visits:
         for c in _read(module, layout, visit, started):
@@ -65,8 +62,21 @@ def _kind(i: Instruction) -> str:
     return kind if kind in KINDS else ""
 
 
-def _has_call(here: Computation, target: str) -> bool:
-    return any(f'custom_call_target="{target}"' in i.attributes for i in here.instructions.values())
+def _channel(i: Instruction) -> tuple[str, str]:
+    """Return what the pieces of one collective have in common."""
+    return _kind(i), i.attribute("channel_id") or i.op_name
+
+
+def _starts(visit: Visit) -> bool:
+    """Return whether an instruction lies in a fusion, perhaps some fusions deep, that begins a collective."""
+    here = visit.computation
+    for caller, above in reversed(visit.callers):
+        if caller.opcode not in FUSED:
+            return False
+        if any(START in i.attributes for i in here.instructions.values()):
+            return True
+        here = above
+    return False
 
 
 def _read(module: Module, layout: Layout, visit: Visit, started: set) -> Iterator[Collective]:
@@ -80,19 +90,17 @@ def _read(module: Module, layout: Layout, visit: Visit, started: set) -> Iterato
         yield _across(module, layout, visit)
         return
     kind = _kind(i)
-    if not kind:
-        return
-    later = (kind, i.attribute("channel_id")) in started and not _has_call(here, "AsyncCollectiveStart")
-    if visit.fused and later:
+    if not kind or (visit.fused and _channel(i) in started and not _starts(visit)):
         return
     operands = [s for name in i.operands if name in here.instructions for s in here.instructions[name].shapes]
     operand = sum(s.bytes for s in operands)
     starts = i.opcode.endswith("-start") and kind != "all-reduce"  # whose result is (operands, results, ...)
     result = sum(s.bytes for s in i.shapes[len(operands) : 2 * len(operands)]) if starts else i.bytes
     members = members_of(i.attributes, len(layout.slices))
-    if kind == "all-reduce" and visit.fused and visit.callers[-1][0].attribute("kind") == "kCustom":
-        kind, result = "reduce-scatter", visit.callers[-1][0].bytes  # the TPU's fusion of all-reduce and slice
     caller = visit.callers[-1][0] if visit.fused else i
+    sliced = any(other.opcode == "dynamic-slice" for other in here.instructions.values())
+    if kind == "all-reduce" and visit.fused and caller.attribute("kind") == "kCustom" and sliced:
+        kind, result = "reduce-scatter", caller.bytes  # the TPU's fusion of the two
     made = Collective(
         kind=kind,
         link="ici",

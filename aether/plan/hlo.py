@@ -71,8 +71,11 @@ class Instruction:
         return found.group(1).replace("\\'", "'") if found else ""
 
     def calls(self) -> list[str]:
-        """Return the computations it runs, the condition of a loop and functions applied to scalars left out."""
-        if self.opcode.removesuffix("-start") in APPLIED:
+        """Return the computations it runs; not the condition of a loop nor functions applied to scalars.
+
+        What an `async-start` runs is named again, in some versions, by its `async-update` and `async-done`.
+        """
+        if self.opcode.removesuffix("-start") in APPLIED or self.opcode in ("async-update", "async-done"):
             return []
         found = _CALLS.findall(self.attributes)
         for group in _BRANCHES.findall(self.attributes):

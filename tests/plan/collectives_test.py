@@ -115,6 +115,73 @@ def test_the_pieces_of_a_fused_collective_are_one():
     assert (c.count, c.bytes) == (1, 24)
 
 
+def test_each_collective_counts_once_a_trip_however_it_is_nested():
+    """In a loop of three: a pair of instructions, a wrapped computation named three times, fusions in fusions."""
+    groups, target = "replica_groups=[2,4]<=[8]", 'custom_call_target="AsyncCollective'
+    gather = f"all-gather(%p), channel_id=3, {groups}, dimensions={{0}}"
+    pieces = "".join(
+        f"""
+%{name}_inner (p: f32[2]) -> f32[8] {{
+  %p = f32[2]{{0}} parameter(0)
+  ROOT %g = f32[8]{{0}} {gather}
+}}
+
+%{name} (p: f32[2]) -> f32[8] {{
+  %p = f32[2]{{0}} parameter(0)
+  %f = f32[8]{{0}} fusion(%p), kind=kLoop, calls=%{name}_inner
+  ROOT %c = f32[8]{{0}} {end}
+}}
+"""
+        for name, end in {
+            "begin": f'custom-call(%f), {target}Start"',
+            "beside": "negate(%f)",
+            "done": f'custom-call(%f), {target}Done"',
+        }.items()
+    )
+    loop = f"""
+%wrapped (p: bf16[8]) -> bf16[2] {{
+  %p = bf16[8]{{0}} parameter(0)
+  ROOT %r = bf16[2]{{0}} reduce-scatter(%p), {groups}, dimensions={{0}}, to_apply=%add
+}}
+{pieces}
+%cond (s: (s32[], f32[2], bf16[8])) -> pred[] {{
+  %s = (s32[], f32[2], bf16[8]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] constant(3)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}}
+
+%body (s: (s32[], f32[2], bf16[8])) -> (s32[], f32[2], bf16[8]) {{
+  %s = (s32[], f32[2], bf16[8]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[2]{{0}} get-tuple-element(%s), index=1
+  %y = bf16[8]{{0}} get-tuple-element(%s), index=2
+  %ps = (f32[2]{{0}}, f32[2]{{0}}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{{{0,1}},{{1,0}}}}
+  %pd = f32[2]{{0}} collective-permute-done(%ps)
+  %as = ((bf16[8]{{0}}), bf16[2]{{0}}, u32[]) async-start(%y), calls=%wrapped
+  %au = ((bf16[8]{{0}}), bf16[2]{{0}}, u32[]) async-update(%as), calls=%wrapped
+  %ad = bf16[2]{{0}} async-done(%au), calls=%wrapped
+  %f0 = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%begin
+  %f1 = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%beside
+  %f2 = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%done
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], f32[2], bf16[8]) tuple(%next, %pd, %y)
+}}
+"""
+    found = read(
+        "  %a = f32[2]{0} parameter(0)\n  %b = bf16[8]{0} parameter(1)\n  %z = s32[] constant(0)\n"
+        "  %s = (s32[], f32[2], bf16[8]) tuple(%z, %a, %b)\n"
+        "  ROOT %w = (s32[], f32[2], bf16[8]) while(%s), condition=%cond, body=%body",
+        inner=loop,
+    )
+    assert {c.kind: (c.count, c.bytes, c.in_loop) for c in found} == {
+        "all-gather": (3, 3 * 24, True),
+        "reduce-scatter": (3, 3 * 12, True),
+        "collective-permute": (3, 3 * 8, True),
+    }
+
+
 def test_the_tpus_fusion_of_all_reduce_and_slice_is_a_reduce_scatter():
     inner = """
 %scatter (p: f32[8]) -> f32[2] {
@@ -128,6 +195,20 @@ def test_the_tpus_fusion_of_all_reduce_and_slice_is_a_reduce_scatter():
         "  %a = f32[8]{0} parameter(0)\n  ROOT %f = f32[2]{0} fusion(%a), kind=kCustom, calls=%scatter", inner=inner
     )
     assert (c.kind, c.operand, c.result, c.bytes) == ("reduce-scatter", 32, 8, 24)
+
+
+def test_an_all_reduce_fused_with_other_work_stays_one():
+    inner = """
+%beside (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %r = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %n = f32[8]{0} negate(%r)
+}
+"""
+    (c,) = read(
+        "  %a = f32[8]{0} parameter(0)\n  ROOT %f = f32[8]{0} fusion(%a), kind=kCustom, calls=%beside", inner=inner
+    )
+    assert (c.kind, c.bytes) == ("all-reduce", 48)
 
 
 def test_a_group_over_slices_is_split_into_both_networks():
