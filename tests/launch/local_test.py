@@ -113,11 +113,15 @@ def test_one_fails_and_the_others_may_say_why(start, monkeypatch):
 
 
 def test_a_failure_is_tried_again_with_a_new_port(start, tmp_path):
-    program = "n = attempt()\nprint(os.environ['JAX_COORDINATOR_ADDRESS'])\n"
-    program += "if n < 3:\n    os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(1000)"
+    """Process 1 kills itself twice; process 0, which may be ended before it does anything, waits for its third try."""
+    program = "n = attempt() if rank else 0\nprint(os.environ['JAX_COORDINATOR_ADDRESS'])\n"
+    program += "if rank and n < 3:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    program += (
+        "while not rank and not (os.path.exists('tries1') and len(open('tries1').read()) == 3):\n    time.sleep(0.02)"
+    )
     code, out, err = ended(start(program, "--processes=2", "--restarts=2"))
-    assert code == 0 and "restart 1 of 2 in 1 s" in err and "restart 2 of 2 in 2 s" in err
-    assert (tmp_path / "tries0").read_text() in ("xxx", "xx")  # the first may have been ended before it could count
+    assert code == 0 and "restart 1 of 2 in 1 s" in err and "restart 2 of 2 in 2 s" in err, err
+    assert (tmp_path / "tries1").read_text() == "xxx"
     assert len({line.removeprefix("[1] ") for line in out.splitlines()}) >= 1
 
 
