@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -9,12 +10,13 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
 from aether.config import Config, build
 from aether.errors import AetherError, InputError
-from aether.processes import cluster, find, rollcall
+from aether.processes import cluster, desk, find, rollcall
 from aether.processes.cluster import Cluster, first_host, metadata
 from aether.processes.rollcall import Told, Unheard, attend, excuse, hello_of, hold
 
@@ -293,6 +295,39 @@ def test_a_coordinator_that_is_not_there_or_is_something_else():
             hold(Cluster(0, 2, c.coordinator, "TEST"), hello_of(c), "", 0.2, said.append)
         other.close()
     assert said == [f"waiting for port {c.address()[1]}, which something else holds (at most 0 s)"]
+
+
+def test_something_else_that_answers_and_hangs_up_is_given_up(monkeypatch):
+    monkeypatch.setattr(rollcall, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def hang_up():
+            with suppress(OSError):
+                while True:
+                    other.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        c = Cluster(1, 2, f"127.0.0.1:{other.getsockname()[1]}", "TEST")
+        with pytest.raises(Unheard, match="is not process 0 of this run: process 1 .* has asked it for 1 s"):
+            attend(c, hello_of(c), "", 1.0, lambda line: None)
+        other.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_connection_beyond_the_thousandth_is_alive():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1600:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1600, hard))
+    one, other = socket.socketpair()
+    with one, other:
+        high = os.dup2(one.fileno(), 1500)
+        line = desk.Line(socket.socket(fileno=high))
+        assert line.alive()
+        other.close()
+        assert not line.alive()
+        line.close()
 
 
 def test_who_cannot_start_is_heard_by_all():

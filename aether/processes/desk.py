@@ -47,8 +47,9 @@ class Line:
     def alive(self) -> bool:
         """Return whether the other side has not hung up."""
         with suppress(OSError, ValueError):
-            readable, _, _ = select.select([self._socket], [], [], 0)
-            return not readable or bool(self._socket.recv(1, socket.MSG_PEEK))
+            poll = select.poll()  # select.select takes no descriptor beyond 1023
+            poll.register(self._socket, select.POLLIN)
+            return not poll.poll(0) or bool(self._socket.recv(1, socket.MSG_PEEK))
         return False
 
     def close(self) -> None:

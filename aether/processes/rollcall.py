@@ -170,10 +170,11 @@ def attend(c: Cluster, mine: Hello, workdir: str, seconds: float, say: Say) -> N
       Unheard: it does not answer.
     """
     begin = time.monotonic()
+    last = begin + seconds + PATIENCE
     while True:
         line = _reach(c, begin, seconds, say)
         try:
-            answer = line.receive(seconds + PATIENCE) if line.send(mine) else None
+            answer = line.receive(last - time.monotonic()) if line.send(mine) else None
             if answer and "token" in answer:
                 line.send({"sees": _sees(_local(workdir) / answer["token"])})
                 answer = line.receive(seconds + PATIENCE)
@@ -183,6 +184,12 @@ def attend(c: Cluster, mine: Hello, workdir: str, seconds: float, say: Say) -> N
             return
         if answer:
             raise Told(answer["text"], answer["code"])
+        if time.monotonic() > last:
+            raise Unheard(
+                f"What answers at {c.coordinator} (by {c.source}) is not process 0 of this run: process {c.index} "
+                f"({socket.gethostname()}) has asked it for {seconds:.0f} s; end the job that holds the port, or give "
+                "another port."
+            )
         time.sleep(0.5)  # something else listens there, or process 0 has gone and may come again
 
 

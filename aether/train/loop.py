@@ -66,10 +66,10 @@ def _gone_back(run: Run, spike: int, target: int) -> Run:
     """Return the run as it was at the checkpoint `target`, with the batches from there to the spike left out."""
     gc.collect()  # the frames of what was raised hold the state of the spike
     left_out = run.left_out.extended(target, spike)
-    run.checkpoints.drop_after(target)  # first: a checkpoint of the steps to be undone knows other batches
-    left_out.save(run.workdir)
     with run.guard.activity("restore"):
-        state, _, _ = run.checkpoints.restore(run.like, target)
+        state, _, _ = run.checkpoints.restore(run.like, target)  # first: newer ones may be all there is
+    run.checkpoints.drop_after(target)  # before the record: a checkpoint of the steps to be undone knows other batches
+    left_out.save(run.workdir)
     run.guard.activity.back_to(target)
     first, last = run.left_out.batch(target), run.left_out.batch(spike - 1)
     say(f"gone back from step {spike} to {target}; batches {first + 1} to {last + 1} are left out")

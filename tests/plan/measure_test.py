@@ -127,7 +127,7 @@ def test_a_scanned_model_counts_as_an_unrolled_one(tpus):
     scanned, unrolled = plan(True), plan(False)
     assert scanned.counts.flops == pytest.approx(unrolled.counts.flops, rel=0.1)
     assert scanned.counts.cycles == pytest.approx(unrolled.counts.cycles, rel=0.3)
-    assert scanned.counts.flops > scanned.tokens * scanned.model_flops / 4
+    assert scanned.counts.flops == pytest.approx(scanned.tokens * scanned.model_flops / 4, rel=0.02)
 
 
 @pytest.mark.slow
