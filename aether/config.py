@@ -174,7 +174,7 @@ class ModelConfig(Section, prefix="model"):
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
     def resolved(self, vocab: int) -> Self:
-        """Decide what `kind` and `size` leave open; `vocab` is the tokenizer's number of ids."""
+        """Decide what `kind` and `size` leave open; `vocab` is the tokenizer's number of ids, 0 if not known yet."""
         decided: dict[str, Any] = {**SIZES[self.size], **KINDS[self.kind], "vocab": vocab}
         new = {k: v if getattr(self, k) in (0, AUTO) else getattr(self, k) for k, v in decided.items()}
         new["hidden"] = self.hidden or 4 * new["width"]

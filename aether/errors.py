@@ -29,3 +29,11 @@ class Stopped(AetherError):
     """A signal stopped the run and everything is saved: the same command goes on from there."""
 
     exit_code = 75
+
+
+def retold(kind: str, text: str) -> AetherError | None:
+    """Return an error that another process raised, by the name of its class; None if it is none of ours."""
+    kinds = [AetherError]
+    for k in kinds:
+        kinds += k.__subclasses__()
+    return next((k(text) for k in kinds if k.__name__ == kind), None)

@@ -109,19 +109,24 @@ def rules_of(c: MeshConfig) -> dict[str, tuple[str, ...]]:
     return rules
 
 
-def spec(axes: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES) -> P:
-    """Return the partition of an array whose axes have these logical names.
+def spec(axes: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES, what: str = "an array") -> P:
+    """Return the partition of an array whose axes have these logical names; `what` it is, for messages.
 
     Raises:
-      ValueError: an unknown name, or two axes on one mesh axis.
+      ValueError: an unknown name.
+      InputError: two axes on one mesh axis.
     """
     unknown = [a for a in axes if a is not None and a not in rules]
     if unknown:
         raise ValueError(f"unknown logical axis {unknown[0]!r} in {axes}; the table has {', '.join(rules)}.")
     mapped = [() if a is None else rules[a] for a in axes]
-    used = [m for group in mapped for m in group]
-    if len(set(used)) < len(used):
-        raise ValueError(f"the axes {axes} use one mesh axis twice: {mapped}.")
+    users: dict[str, str] = {}
+    for a in filter(None, axes):
+        for m in rules[a]:
+            if m in users:
+                keys = " and ".join(f"mesh.rules.{k}={','.join(rules[k])}" for k in (users[m], a))
+                raise InputError(f"{keys} split {what} twice over {m}; map one of them to another axis, or to none.")
+            users[m] = a
     return P(*(None if not group else group[0] if len(group) == 1 else group for group in mapped))
 
 
@@ -140,8 +145,8 @@ def shardings(tree: Any, mesh: Mesh, c: MeshConfig | None = None) -> Any:
         if not isinstance(leaf, nnx.Variable) or not jax.tree.leaves(leaf):  # Muon's state has empty variables
             return NamedSharding(mesh, P())
         axes = leaf.get_metadata()["axes"]
-        partition = spec(axes, rules)
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        partition = spec(axes, rules, name)
         for k, (size, axis) in enumerate(zip(leaf.shape, axes, strict=True)):
             over = rules[axis] if axis else ()
             ways = math.prod(mesh.shape[a] for a in over)
@@ -189,7 +194,8 @@ def placed(shapes: Any, mesh: Mesh, c: MeshConfig | None = None) -> Any:
 
 
 def check(c: Config, mesh: Mesh) -> None:
-    """Raise `InputError` unless microbatches, heads and positions divide over the mesh."""
+    """Raise `InputError` unless `mesh.rules` makes sense and microbatches, heads and positions divide over the mesh."""
+    rules_of(c.mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch, accumulate, context = c.data.batch_size, c.train.accumulate, c.data.context
     if batch // accumulate % ways:

@@ -42,9 +42,8 @@ def storage_errors(path: str | Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in REASONS:
             raise
-        raise StorageError(
-            f"Cannot write {path}: {REASONS[e.errno]}. Free it up, then run the same command again."
-        ) from e
+        cure = "free some space" if is_full(e) else "make it writable, or choose another folder"
+        raise StorageError(f"Cannot write {path}: {REASONS[e.errno]}; {cure}, then run the same command again.") from e
 
 
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
@@ -106,14 +105,25 @@ def write_through(file: Any, text: str) -> None:
             os.fsync(f.fileno())
 
 
-def settle(folder: Any) -> None:
-    """Return when a local folder's names are on the disk, so that a rename in it outlives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def settle(path: Any) -> None:
+    """Return when a local file's content, or a folder's names, are on the disk and outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def persist(folder: Any) -> None:
+    """Return when all files below a local folder are on the disk; object stores see to it by themselves."""
+    if _is_local(folder):
+        for item in folder.iterdir():
+            if item.is_dir():
+                persist(item)
+            else:
+                settle(item)
+        settle(folder)
 
 
 def fingerprint(file: Any, sums: bool, fresh: bool = False) -> list[int]:

@@ -57,6 +57,11 @@ def test_spec_maps_names_and_refuses_collisions():
         spec(("width",))
     with pytest.raises(ValueError, match="twice"):
         spec(("heads", "mlp"))
+    rules = rules_of(MeshConfig(rules={"embed": "tensor"}))
+    with pytest.raises(
+        InputError, match="mesh.rules.embed=tensor and mesh.rules.mlp=tensor split blocks/up twice over t"
+    ):
+        spec(("layers", "embed", "mlp"), rules, "blocks/up")
 
 
 def test_every_leaf_lies_as_its_axes_say_moments_too(trainer):

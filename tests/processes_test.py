@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import pytest
 
+from aether import processes
 from aether.config import Config, build
 from aether.errors import AetherError, InputError
 from aether.processes import cluster, desk, find, rollcall
@@ -106,6 +107,10 @@ def test_gke(tpu, monkeypatch):
     assert find(env | slices) == Cluster(5, 6, "job-0.svc:8482", "MEGASCALE_COORDINATOR_ADDRESS")
     with pytest.raises(InputError, match="MEGASCALE_SLICE_ID is not set"):
         find(env | slices | {"MEGASCALE_SLICE_ID": ""})
+    with pytest.raises(InputError, match="This is slice 3 of 3 by MEGASCALE_SLICE_ID"):
+        find(env | slices | {"MEGASCALE_SLICE_ID": "3"})
+    with pytest.raises(InputError, match="worker 2 of its slice, but TPU_WORKER_HOSTNAMES names 2 machines"):
+        find(env | {"TPU_WORKER_ID": "2"})
     with pytest.raises(InputError, match="TPU_WORKER_ID is not set"):
         find({"TPU_WORKER_HOSTNAMES": "a,b"})
     assert find({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}) == Cluster()
@@ -146,6 +151,9 @@ def test_cloud_tpu_asks_the_metadata_server(tpu, server, monkeypatch):
     text = "MEGASCALE_COORDINATOR_ADDRESS: '10.9.0.1'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
     monkeypatch.setitem(ATTRIBUTES, "tpu-env", text)
     assert find(env) == Cluster(3, 4, "10.9.0.1:8482", "MEGASCALE_COORDINATOR_ADDRESS")
+    monkeypatch.setitem(ATTRIBUTES, "worker-network-endpoints", "")
+    with pytest.raises(InputError, match="worker 1 of its slice, but worker-network-endpoints names 0 machines"):
+        find(env)
     monkeypatch.delitem(ATTRIBUTES, "agent-worker-number")
     assert find(env) == Cluster()
     count = len(asked)
@@ -348,6 +356,7 @@ MAIN = """
     flags = cli.new_flags()
 
     def main(args):
+        BEFORE
         processes.start(build({"faults": {"start_timeout_seconds": 60}}), WORKDIR)
         import jax
         import numpy as np
@@ -360,11 +369,13 @@ MAIN = """
 """
 
 
-def together(tmp_path, body: str, *argv: str) -> list[tuple[int, str]]:
+def together(tmp_path, body: str, *argv: str, before: str = "pass") -> list[tuple[int, str]]:
     """Run `body` on three processes with JAX; return the exit code and the last lines of each."""
     script = tmp_path / "main.py"
     text = textwrap.dedent(MAIN).replace("WORKDIR", repr(str(tmp_path / "run")))
-    script.write_text(text.replace("BODY", textwrap.indent(textwrap.dedent(body), " " * 4).strip()))
+    for name, part in (("BODY", body), ("BEFORE", before)):
+        text = text.replace(name, textwrap.indent(textwrap.dedent(part), " " * 4).strip())
+    script.write_text(text)
     env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}", "JAX_NUM_PROCESSES": "3"}
     env |= {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     env.pop("XLA_FLAGS", None)
@@ -409,3 +420,29 @@ def test_process_0_fails_while_others_only_compute(tmp_path):
     assert [code for code, _ in ends] == [1, 1, 1], ends
     assert ends[0][1].splitlines()[-1].startswith("unexpected error: RuntimeError: odd; the traceback is in ")
     assert "odd" not in ends[1][1] + ends[2][1]
+
+
+def test_one_that_is_stopped_while_jax_connects_tells_the_others(tmp_path):
+    """Nobody is at the roll call any more; the others, who wait in a collective operation, hear it at once."""
+    before = """
+        import jax
+        whole = jax.distributed.initialize
+        def stopped(*args, **kwargs):
+            whole(*args, **kwargs)
+            if RANK == 1:
+                from aether.errors import Stopped
+                raise Stopped("stopped by SIGTERM during the start.")
+        jax.distributed.initialize = stopped
+    """
+    begin = time.monotonic()
+    ends = together(tmp_path, "meet()", before=before)
+    assert [code for code, _ in ends] == [75, 75, 75], ends
+    assert f"process 1 ({socket.gethostname()}) failed: stopped by SIGTERM" in ends[0][1]
+    assert time.monotonic() - begin < 60, "the heartbeat alone takes 100 s"
+
+
+def test_several_processes_do_not_write_to_s3(monkeypatch):
+    for name, value in EXPLICIT.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"--workdir is on s3:// \(s3://b/run\) and the run has 4 processes"):
+        processes.start(build({}), "s3://b/run")

@@ -68,13 +68,7 @@ class Checkpoints:
         Raises:
           StorageError: the disk is full or cannot be written; perhaps found only now about the save before.
         """
-        error = self._writer.wait() if self._writer else None
-        if error is not None and (self._left_out or not isinstance(error, storage.DamagedError)):
-            self._clean = False
-            raise error
-        self._left_out = error is not None
-        if error:
-            self._log(str(error))
+        self._settle()
         if self._together.ask("main", lambda: step in self._tidied().steps()):
             return
         leaves = {name: arrays.owned(leaf) for name, leaf in arrays.named_leaves(state).items()}
@@ -82,10 +76,13 @@ class Checkpoints:
         self._writer = self._writer or Writer(self._home, self._together, lambda: self._home.prune(self._config))
         self._writer.start(step, leaves, record)
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
-        """Read (state, meta, step) into the shapes, dtypes and shardings of `like`; by default the newest sound one.
+    def restore(
+        self, like: Any, step: int | None = None, *, at_most: int | None = None
+    ) -> tuple[Any, dict[str, Any], int]:
+        """Read (state, meta, step) into the shapes, dtypes and shardings of `like`.
 
-        A damaged newest one is renamed `damaged-STEP` once an older one is read. A step asked for is read or refused.
+        By default the newest sound one, no later than `at_most` if that is given; damaged newer ones are renamed
+        `damaged-STEP` once it is read. A step asked for is read or refused.
 
         Raises:
           InputError: no such step, a newer format, or arrays other than those of `like`.
@@ -93,7 +90,7 @@ class Checkpoints:
         """
         self.wait()
         self._together.ask("main", lambda: self._tidied().steps())
-        values, meta, found, damaged = self._newest(arrays.named_leaves(like), step, "")
+        values, meta, found, damaged = self._newest(arrays.named_leaves(like), step, "", at_most)
         if damaged:
             self._together.ask("main", lambda: self._set_aside(damaged))
         return jax.tree.unflatten(jax.tree.structure(like), values), meta, found
@@ -108,19 +105,39 @@ class Checkpoints:
 
     def before(self, step: int) -> int | None:
         """Return the newest step that is no later than `step`, or None."""
-        self.wait()
+        self._settle()
         found = self._together.ask("main", lambda: [s for s in self._tidied().steps() if s <= step])
         return max(found, default=None)
 
+    def is_sound(self, step: int) -> bool:
+        """Return whether the files of a checkpoint are as they were written; object stores are asked for sizes only."""
+        try:
+            storage.verify(self._home / step, read_record(self._home / step)["files"], sums=not self._home.remote)
+        except storage.DamagedError:
+            return False
+        return True
+
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints that are newer than `step`: those of steps that are to be made anew."""
-        self.wait()
+        self._settle()
 
         def drop() -> None:
             with writing(self.directory):
                 self._home.drop_after(step)
 
         self._together.ask("main", drop)
+
+    def _settle(self) -> None:
+        """Wait for the save under way; one that was damaged is only told, unless the one before was too."""
+        if self._writer is None or not self._writer.busy:
+            return
+        error = self._writer.wait()
+        if error is not None and (self._left_out or not isinstance(error, storage.DamagedError)):
+            self._clean = False
+            raise error
+        self._left_out = error is not None
+        if error:
+            self._log(str(error))
 
     def wait(self) -> None:
         """Wait until the save under way is verified and what it replaces is deleted.
@@ -155,10 +172,11 @@ class Checkpoints:
             self._home.set_aside(damaged)
 
     def _newest(
-        self, wanted: dict[str, Any], step: int | None, scope: str
+        self, wanted: dict[str, Any], step: int | None, scope: str, at_most: int | None = None
     ) -> tuple[list[Any], dict[str, Any], int, list[int]]:
         """Return (values, meta, step, the damaged steps passed over)."""
-        there: list[int] = self._together.ask("main", self._home.steps)
+        found: list[int] = self._together.ask("main", self._home.steps)
+        there = [s for s in found if at_most is None or s <= at_most]
         if not there or (step is not None and step not in there):
             have = f"it has {', '.join(map(str, there))}" if there else "it has none"
             raise InputError(f"There is no checkpoint {'' if step is None else step} in {self.directory}; {have}.")
@@ -169,7 +187,8 @@ class Checkpoints:
             try:
                 return *self._load(left[-1], wanted, scope), left[-1], damaged
             except storage.DamagedError as e:
-                there = self._together.ask("main", self._home.steps)
+                now = self._together.ask("main", self._home.steps)
+                there = [s for s in now if at_most is None or s <= at_most]
                 if left[-1] in there:  # otherwise another run, which trains, has deleted it since
                     self._log(f"{e} Trying the one before it.")
                     damaged.append(left[-1])

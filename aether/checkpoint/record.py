@@ -44,6 +44,7 @@ def seal(folder: Any, record: dict[str, Any], sums: bool) -> None:
       sums: with checksums; object stores have their own.
     """
     state = folder / STATE
+    storage.persist(state)
     files = {str(p.relative_to(folder)): storage.fingerprint(p, sums) for p in storage.files_of(state)}
     storage.write_through(folder / META, json.dumps({**record, "files": files}))
 

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from aether import storage
-from aether.errors import AetherError, InputError, StorageError
+from aether.errors import AetherError, StorageError, retold
 
-TIMEOUT = 1200  # seconds for what takes longest, another process's part of a save; lost ones are noticed by JAX
+TIMEOUT = 3600  # seconds for what takes longest, another process's part of a save; lost ones are noticed by JAX
 SLICE = 2  # seconds between looks at signals
 
 
@@ -111,5 +111,4 @@ def _told(error: Exception | None, where: str) -> list[str]:
 def _error(told: list[str], own: Exception | None) -> Exception:
     """Return the error that `_told` describes, for any process."""
     kind, text = told
-    kinds = {k.__name__: k for k in (InputError, StorageError, storage.DamagedError)}
-    return kinds[kind](text) if kind in kinds else own or RuntimeError(text)
+    return retold(kind, text) or own or RuntimeError(text)

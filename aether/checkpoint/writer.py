@@ -21,6 +21,7 @@ from aether.checkpoint.home import Home
 from aether.checkpoint.record import STATE, seal, verify
 from aether.checkpoint.together import Together
 from aether.errors import InputError, StorageError
+from aether.workdir import check_shared
 
 NICE = 19  # the least that Linux gives; without it the steps beside a save lose several times as much (LOG.md)
 
@@ -40,11 +41,7 @@ class Writer:
         self._error: Exception | None = None
         self._stage: Any = None
         if home.staged:
-            if jax.process_count() > 1:
-                raise InputError(
-                    f"The workdir is on s3:// ({home.path}) and the run has {jax.process_count()} processes; "
-                    "several processes write to gs:// or to a shared file system."
-                )
+            check_shared(home.path, jax.process_count())
             from etils import epath
 
             self._stage = epath.Path(tempfile.mkdtemp(prefix="aether-checkpoint-"))
@@ -58,6 +55,11 @@ class Writer:
         self._thread.start()
         if not all(arrays.on_host(leaf) for leaf in leaves.values()):
             copied.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save has begun whose end nobody has waited for."""
+        return self._thread is not None
 
     def wait(self) -> Exception | None:
         """Wait for the save under way; return its error, once."""

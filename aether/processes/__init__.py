@@ -17,6 +17,7 @@ from aether.errors import InputError, Stopped
 from aether.processes import rollcall
 from aether.processes.cluster import Cluster, find
 from aether.processes.peers import Peers
+from aether.workdir import check_shared
 
 __all__ = ["Cluster", "end", "find", "start"]
 
@@ -29,6 +30,7 @@ class _Standing:
     told: rollcall.Told | None = None  # how all end
     unheard: bool = False
     peers: Peers | None = None
+    connected: bool = False
 
 
 _MINE = _Standing()
@@ -46,6 +48,7 @@ def start(config: Config, workdir: str) -> None:
     c = _MINE.cluster = find()
     if c.count == 1 or _MINE.peers:
         return
+    check_shared(workdir, c.count)
     mine = rollcall.hello_of(c) | dict(versions=_versions(), config=config.to_json())
     mine["workdir"] = workdir.rstrip("/") if rollcall.is_remote(workdir) else ""
     meet = rollcall.attend if c.index else rollcall.hold
@@ -57,7 +60,12 @@ def start(config: Config, workdir: str) -> None:
     except rollcall.Unheard:
         _MINE.unheard = True
         raise
-    _MINE.peers = Peers(c, _connect(c, config))
+    try:
+        _connect(c, config)
+        _MINE.connected = True
+    finally:
+        client = _client()
+        _MINE.peers, _MINE.unheard = Peers(c, client) if client else None, client is None
 
 
 def end(text: str, code: int) -> int:
@@ -72,7 +80,7 @@ def end(text: str, code: int) -> int:
     if c.count == 1 or _MINE.unheard:
         _say(text)
         return code
-    if _MINE.peers and code != Stopped.exit_code:  # all that are stopped leave together, by JAX's own way out
+    if _MINE.peers and not (_MINE.connected and code == Stopped.exit_code):  # those leave together, by JAX's own way
         _MINE.peers.end(text, code)
     if c.index == 0:
         _say(text)
@@ -85,10 +93,9 @@ def end(text: str, code: int) -> int:
     return code if answer is None else answer
 
 
-def _connect(c: Cluster, config: Config) -> Any:
-    """Start JAX's distributed runtime and return its client."""
+def _connect(c: Cluster, config: Config) -> None:
+    """Start JAX's distributed runtime."""
     import jax
-    from jax._src import distributed  # the only way to the client; Orbax and Flax go it too
 
     if hasattr(jax.config, "jax_cpu_collectives_implementation"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -104,6 +111,12 @@ def _connect(c: Cluster, config: Config) -> Any:
     jax.distributed.initialize(
         c.coordinator, c.count, c.index, **{name: value for name, value in wanted.items() if name in known}
     )
+
+
+def _client() -> Any:
+    """Return the connection to JAX's coordination service, None if there is none."""
+    from jax._src import distributed  # the only way to it; Orbax and Flax go it too
+
     return distributed.global_state.client
 
 

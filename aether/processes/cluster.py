@@ -138,11 +138,15 @@ def _slices(
     """Number the workers of all slices, slice after slice."""
     names = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
     found = {name: value for name in names if (value := get(name))}
-    first, slices, mine = hosts[0] if hosts else "", 1, 0
+    if index >= len(hosts):
+        raise InputError(f"This is worker {index} of its slice, but {source} names {len(hosts)} machines.")
+    first, slices, mine = hosts[0], 1, 0
     if found:
         first = _need(found, names[0], "the machine of process 0").split(":")[0]
         slices, mine = _number(found, names[1], "the number of slices"), _number(found, names[2], "this slice's number")
         source = names[0]
+        if mine >= slices:
+            raise InputError(f"This is slice {mine} of {slices} by {names[2]}; the numbers go from 0 to {slices - 1}.")
     port = env.get("JAX_COORDINATOR_PORT") or TPU_PORT
     return Cluster(index + mine * len(hosts), slices * len(hosts), f"{first}:{port}", source)
 

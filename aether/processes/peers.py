@@ -16,6 +16,7 @@ from aether.processes.cluster import Cluster
 FAILED = "aether/failed/"  # how the first process that failed did: it is the cause, what comes later may follow from it
 GONE = "aether/gone/"
 LOOK = 1.0  # seconds between looks
+SILENT = 10  # looks in a row without an answer, after which nobody will give one
 GRACE = 2.0  # seconds that a process has to end by itself, with its own message
 WAIT = 15.0  # seconds at most in which process 0, whose end the others would notice, waits for them
 
@@ -52,15 +53,16 @@ class Peers:
 
     def _watch(self) -> None:
         """Wait until another process fails; end this one if it does not by itself."""
-        while not self._ending.wait(LOOK):
+        first, silent = None, 0
+        while not first and silent < SILENT:
+            if self._ending.wait(LOOK):
+                return
             try:
-                first = self._first()
+                first, silent = self._first(), 0
             except Exception:
-                return  # shut down, or lost: JAX itself ends the process then
-            if first:
-                break
-        else:
-            return
+                silent += 1
+        if not first:
+            return  # the service is shut down, or lost: JAX itself ends the process then
         if self._ending.wait(GRACE):
             return
         if self._cluster.index == 0:

@@ -22,6 +22,7 @@ from aether.processes.desk import GREETING, PATIENCE, Desk, Line
 Say = Callable[[str], None]
 Hello = dict[str, Any]
 TOLD = 5.0  # seconds between lines that say who is waited for
+LOCAL = "in a folder"
 SHARED = 30.0  # seconds for a file to show on other machines, which a network file system may take
 EXCUSED = 30.0  # seconds in which a process that cannot start tells the others
 
@@ -131,8 +132,8 @@ def _compare(mine: Hello, hello: Hello) -> None:
         )
     if mine["workdir"] != hello["workdir"]:
         raise InputError(
-            f"{who} has the workdir {hello['workdir']} and process 0 ({mine['host']}) {mine['workdir']}; "
-            "give all the same --workdir."
+            f"{who} has the workdir {hello['workdir'] or LOCAL} and process 0 ({mine['host']}) "
+            f"{mine['workdir'] or LOCAL}; give all the same --workdir."
         )
 
 
@@ -152,7 +153,7 @@ def _share(workdir: str, here: dict[int, tuple[Hello, Line]]) -> None:
             if not (line.receive(SHARED + PATIENCE) or {}).get("sees"):
                 raise InputError(
                     f"Process {index} ({hello['host']}) does not see the workdir {folder} of process 0; give a "
-                    "--workdir on a file system that all share, or on gs:// or s3://."
+                    "--workdir on a file system that all share, or on gs://."
                 )
     finally:
         with suppress(OSError):

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aether import errors
-from aether.errors import AetherError, InputError
+from aether.errors import AetherError, InputError, retold
 
 SMALLEST = 1 << 12  # bytes of a message; longer ones are padded to a power of two, so that few shapes are compiled
 
@@ -33,7 +32,7 @@ def of_first(read: Callable[[], Any]) -> Any:
             told = {"error": type(e).__name__, "text": str(e)}
     told = json.loads(_broadcast(json.dumps(told).encode()))
     if "error" in told:
-        raise getattr(errors, told["error"], errors.StorageError)(told["text"])
+        raise retold(told["error"], told["text"]) or AetherError(told["text"])
     return told["value"]
 
 

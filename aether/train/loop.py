@@ -65,9 +65,9 @@ def _until_spike(run: Run, stop: Stop) -> tuple[int, int] | None:
 def _gone_back(run: Run, spike: int, target: int) -> Run:
     """Return the run as it was at the checkpoint `target`, with the batches from there to the spike left out."""
     gc.collect()  # the frames of what was raised hold the state of the spike
+    with run.guard.activity("restore"):  # first: newer ones may be all there is
+        state, _, target = run.checkpoints.restore(run.like, at_most=target)
     left_out = run.left_out.extended(target, spike)
-    with run.guard.activity("restore"):
-        state, _, _ = run.checkpoints.restore(run.like, target)  # first: newer ones may be all there is
     run.checkpoints.drop_after(target)  # before the record: a checkpoint of the steps to be undone knows other batches
     left_out.save(run.workdir)
     run.guard.activity.back_to(target)

@@ -86,7 +86,7 @@ class Meter:
         c, what = self.run.config, "is a spike" if spike else "or gradient is not finite"
         kept = ""
         if in_a_row == 1:
-            kept = f"; the last steps are in {self.run.guard.dump('spike' if spike else 'nonfinite')}"
+            kept = f"; the last steps are in {self.run.guard.dump('spike' if spike else 'nonfinite', stacks=True)}"
         self.reporter.say(f"step {step}: the loss {what}; update skipped ({in_a_row} in a row){kept}")
         if in_a_row >= c.train.max_skipped:
             self._give_up(step, in_a_row)

@@ -87,14 +87,6 @@ class Reporter:
         if self._primary:
             self._console.say(text)
 
-    def phase(self, name: str, seconds: float) -> None:
-        """Print how long a phase of the start-up took."""
-        if self._primary:
-            self.say(f"{name:>10} {seconds:8.2f} s")
-            now = time.time()
-            text = f"{name}: {seconds:.2f} s"
-            self._background.put("TensorBoard", lambda: self._board.text(0, now, f"startup/{name}", text))
-
     def has(self, step: int, split: str) -> bool:
         """Say whether there is a line of this step and split, for example from before a restart."""
         return (step, split) in self._told or self._metrics.has(step, split)

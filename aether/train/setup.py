@@ -104,15 +104,17 @@ def start(config: Config, path: str, started: float) -> Run | None:
     check_wandb(config.train.wandb)
     workdir = Workdir(path, primary=jax.process_index() == 0)
     saved = agree.of_first(lambda: _saved(workdir))
+    config = _continued(config, saved, path) if saved else config
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check(config.resolved(vocab=0), mesh)
     with phases("data"):
-        config, corpus = _open_data(config, saved, path)
+        corpus = _open_data(config, saved, path)
+        config = config.resolved(corpus.tokenizer.vocab_size)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, log=say)
     latest = agree.of_first(checkpoints.latest)
-    if saved and agree.of_first(lambda: _is_finished(config, latest, workdir, list(corpus.validation))):
+    if saved and agree.of_first(lambda: _is_finished(config, latest, workdir, checkpoints, list(corpus.validation))):
         say(f"{finished(workdir)}; nothing is left to do (a larger train.steps goes on).")
         return None
-    mesh = parallel.make_mesh(config.mesh)
-    parallel.check(config, mesh)
     loss = bound_loss(LOSSES["lm"], config.train.loss_chunk, config.train.z_loss)
 
     with phases("init"):
@@ -175,17 +177,21 @@ def _saved(workdir: Workdir) -> dict[str, Any] | None:
     return saved
 
 
-def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> tuple[Config, Corpus]:
-    """Return the resolved config, checked against the run that the workdir holds, and the texts."""
-    if saved:
-        old = build(saved["config"])
-        config = config.continued(old)
-        for key, was, now, free in differences(old, config):
-            if not free:
-                raise InputError(
-                    f"The run in {path} has {key}={was!r}, but this config says {now!r}; "
-                    "set it back to go on, or give another --workdir."
-                )
+def _continued(config: Config, saved: dict[str, Any], path: str) -> Config:
+    """Return the config with what it leaves open taken from the run that the workdir holds, which it has to fit."""
+    old = build(saved["config"])
+    config = config.continued(old)
+    for key, was, now, free in differences(old, config):
+        if not free:
+            raise InputError(
+                f"The run in {path} has {key}={was!r}, but this config says {now!r}; "
+                "set it back to go on, or give another --workdir."
+            )
+    return config
+
+
+def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> Corpus:
+    """Return the texts, checked against those of the run that the workdir holds."""
     corpus = load_corpus(config.data, log=lambda line: say(f"  {line}"))
     agree.check_equal(
         "The fingerprint of the texts of data.path", corpus.fingerprint, "give all processes the same files"
@@ -196,11 +202,13 @@ def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> tuple
             f"{saved['data_fingerprint'][:8]} then, {corpus.fingerprint[:8]} now); "
             "restore them, or give another --workdir."
         )
-    return config.resolved(corpus.tokenizer.vocab_size), corpus
+    return corpus
 
 
-def _is_finished(config: Config, latest: int | None, workdir: Workdir, validation: list[str]) -> bool:
-    """Return whether all steps are made and the last evaluation is written down."""
+def _is_finished(
+    config: Config, latest: int | None, workdir: Workdir, checkpoints: Checkpoints, validation: list[str]
+) -> bool:
+    """Return whether all steps are made, their checkpoint is sound and the last evaluation is written down."""
     if latest is None or latest < config.train.steps:
         return False
     if latest > config.train.steps:
@@ -209,7 +217,7 @@ def _is_finished(config: Config, latest: int | None, workdir: Workdir, validatio
             f"set it above {latest} to go on, or give another --workdir."
         )
     metrics = Metrics(workdir.file(METRICS))
-    return all(metrics.has(latest, name) for name in validation)
+    return all(metrics.has(latest, name) for name in validation) and checkpoints.is_sound(latest)
 
 
 def _record(config: Config, corpus: Corpus, saved: dict[str, Any] | None) -> dict[str, Any]:

@@ -182,3 +182,42 @@ def test_a_read_only_disk_is_an_error_and_what_is_there_can_be_read(opened, tmp_
         c.close()
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_damaged_save_under_way_does_not_end_a_run_that_goes_back(opened, spoil):
+    said = []
+    c = opened(log=said.append)
+    c.save(1, state(1), meta={})
+    c.wait()
+    spoil(flip)
+    c.save(2, state(2), meta={})
+    assert c.before(5) == 1 and len(said) == 1 and "Checkpoint 2 was damaged" in said[0]
+    c.save(3, state(3), meta={})
+    with pytest.raises(storage.DamagedError, match="Checkpoint 3 was damaged"):
+        c.before(5)
+
+
+def test_the_newest_sound_one_of_those_asked_for(opened, tmp_path):
+    c = opened(keep_last=5)
+    for step in (1, 2, 3, 4):
+        c.save(step, state(step), meta={})
+    c.wait()
+    assert c.is_sound(3)
+    flip(tmp_path / "c" / "3")
+    assert not c.is_sound(3)
+    assert c.restore(state(0), at_most=3)[2] == 2
+    assert c.steps() == [1, 2, 4]
+
+
+def test_files_are_on_the_disk_before_an_older_checkpoint_goes(opened, tmp_path, monkeypatch):
+    """Against a power cut: what Orbax wrote is synced, each file and folder, before anything is deleted."""
+    synced, whole = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), whole(fd))[1])
+    c = opened(keep_last=1)
+    c.save(1, state(1), meta={})
+    c.wait()
+    folder = next(Path(p) for p in synced if p.endswith("/state"))
+    names = {str(Path(p).relative_to(folder)) for p in synced if Path(p).is_relative_to(folder)}
+    place = tmp_path / "c" / "1" / "state"
+    assert names >= {str(p.relative_to(place)) for p in place.rglob("*")} | {"."}
+    assert synced.index(str(folder)) < next(i for i, p in enumerate(synced) if p.endswith("meta.json"))

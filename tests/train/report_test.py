@@ -132,7 +132,6 @@ def test_other_processes_write_nothing_but_know_what_they_are_told(reporter, tmp
     second.validation(3, "validation", values(3))
     second.train(3, values(3))
     second.sample(3, "x")
-    second.phase("data", 1.0)
     second.curves()
     second.flush()
     assert second.has(3, "validation") and stream.getvalue() == ""
@@ -195,7 +194,6 @@ def test_a_remote_run_goes_on_from_another_machine(reporter, monkeypatch, tmp_pa
 
 def test_tensorboard_has_each_value_and_forgets_what_a_restart_repeats(reporter, tmp_path):
     r = reporter()
-    r.phase("compile", 1.5)
     for step in (1, 2, 3):
         r.train(step, values(step))
     r.validation(2, "held-out", {"loss": 1.5})
@@ -207,7 +205,7 @@ def test_tensorboard_has_each_value_and_forgets_what_a_restart_repeats(reporter,
     assert scalars == expected
     assert not any(v.tag == "train/mfu" for e in found for v in e.summary.value)
     texts = [v.tensor.string_val[0].decode() for e in found for v in e.summary.value if v.tag.startswith(("s",))]
-    assert texts == ["<pre>compile: 1.50 s</pre>", "<pre>def &lt;main&gt;</pre>"]
+    assert texts == ["<pre>def &lt;main&gt;</pre>"]
 
     again = reporter(start_step=2)
     again.train(3, values(3))
@@ -266,12 +264,10 @@ def test_bar_on_a_terminal(reporter, columns):
 def test_text_for_people(reporter):
     stream = io.StringIO()
     r = reporter(stream=stream)
-    r.phase("imports", 1.234)
     loss = 1.25
     r.validation(5, "validation", {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": 1.8, "accuracy": 0.5})
     r.sample(5, "a\nb")
     assert stream.getvalue().splitlines() == [
-        "   imports     1.23 s",
         "step 5  validation: loss 1.2500  perplexity 3.49  bits/byte 1.8000  accuracy 50.00%",
         "step 5  sample:",
         "  | a",

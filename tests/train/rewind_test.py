@@ -116,3 +116,23 @@ def test_without_a_checkpoint_a_spike_is_only_skipped(values, tmp_path, capsys):
     train(alone, str(tmp_path / "run"))
     assert "there is no checkpoint 5 steps before it to go back to; going on" in capsys.readouterr().err
     assert not (tmp_path / "run" / LEFT_OUT).exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(values, tmp_path, monkeypatch, capsys):
+    """The newest one before the spike is damaged: the one before it serves, and the batches since are left out too."""
+    before, told = Checkpoints.before, []
+
+    def damaging(self, step):
+        found = before(self, step)
+        if not told and found and found > 4:
+            told.append(found)
+            (tmp_path / "run" / "checkpoints" / str(found) / "meta.json").write_text("{")
+        return found
+
+    monkeypatch.setattr(Checkpoints, "before", damaging)
+    train(build(values | dict(checkpoint=dict(every=4, keep_last=10))), str(tmp_path / "run"))
+    assert told, "no spike came after two checkpoints"
+    assert f"Checkpoint {told[0]} in " in (said := capsys.readouterr().err) and "Trying the one before it." in said
+    assert f" to {told[0] - 4}; batches" in said
+    entries = json.loads((tmp_path / "run" / LEFT_OUT).read_text())["entries"]
+    assert any(at == told[0] - 4 for at, _ in entries) and sorted(lines(tmp_path / "run")) == list(range(1, 41))
