@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import glob
 import logging as standard_logging
 import os
 import re
@@ -101,6 +102,12 @@ def prepare_environment(debug: bool) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if debug else "2")
+    from aether.plan.machine import NO_TPU
+    from aether.processes.cluster import TPU_FILES
+
+    if not any(glob.glob(pattern) for pattern in TPU_FILES):  # libtpu may still be there, for `launch.plan`
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
     logging.set_verbosity(logging.INFO if debug else logging.ERROR)
     if not debug:
         _quieten_writers()

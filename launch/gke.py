@@ -12,6 +12,7 @@ import sys
 from absl import flags
 
 from aether.errors import InputError
+from aether.workdir import check_shared
 from launch import cli, jobs, jobset
 
 FLAGS = cli.new_flags()
@@ -49,6 +50,7 @@ def main(args: flags.FlagValues, words: list[str]) -> None:
         raise InputError(
             f"--workdir is {training.workdir}; a pod's disk goes when it restarts: give a bucket, as in gs://BUCKET/RUN."
         )
+    check_shared(training.workdir, pool.hosts * args.slices)
     manifest = jobset.manifest(
         args.name,
         pool,

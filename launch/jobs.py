@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,12 @@ PROGRAMS = {
     "sbatch": "SLURM's client, or run this on a login node of the cluster",
     "bash": "bash",
 }
+# What a program says of a failure that may pass: of the network, of a service, of too many requests.
+TRANSIENT = (
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|\b(429|500|502|503|504)\b|RATE_LIMIT|(?i:rate limit|timed? ?out|"
+    r"connection (reset|refused|aborted)|network is unreachable|temporary failure|unable to find the server)"
+)
+WAITS = (5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0)  # seconds before each further try
 Failures = Sequence[tuple[str, str]]  # (regular expression on what a program said, what to tell instead)
 
 
@@ -114,7 +121,14 @@ class Shell:
     failures: Failures = field(default=())
 
     def ask(
-        self, argv: list[str], *, stdin: str = "", assume: str = "", allow: str = "", where: str | None = None
+        self,
+        argv: list[str],
+        *,
+        stdin: str = "",
+        assume: str = "",
+        allow: str = "",
+        where: str | None = None,
+        patient: bool = False,
     ) -> Answer:
         """Run a program to its end.
 
@@ -124,6 +138,7 @@ class Shell:
           assume: what a dry run takes it to answer.
           allow: a regular expression; a failure that says so is an answer too.
           where: the folder it runs in.
+          patient: try again for some minutes what fails for reasons that may pass; for questions only.
 
         Raises:
           InputError: it is not installed.
@@ -133,7 +148,12 @@ class Shell:
             self._show(argv, stdin, where)
             return Answer(0, assume)
         _require(argv[0])
-        done = subprocess.run(argv, input=stdin, text=True, capture_output=True, cwd=where)
+        for wait in (*WAITS, None) if patient else (None,):
+            done = subprocess.run(argv, input=stdin, text=True, capture_output=True, cwd=where)
+            if not done.returncode or wait is None or not re.search(TRANSIENT, done.stderr):
+                break
+            self.say(f"{_told(done.stderr)}: asking again in {wait:.0f} s")
+            time.sleep(wait)
         if done.returncode and not (allow and re.search(allow, done.stderr)):
             raise self._failure(argv, done.stderr or done.stdout, done.returncode)
         return Answer(done.returncode, done.stdout.strip(), done.stderr)
@@ -169,9 +189,14 @@ class Shell:
         for pattern, text in self.failures:
             if re.search(pattern, said):
                 return InputError(text)
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        told = next((line for line in lines if re.match("(?i)error", line)), lines[-1] if lines else "it said nothing")
-        return AetherError(f"{' '.join(argv[:5])} ended with {code}: {told.rstrip('.')}.")
+        return AetherError(f"{' '.join(argv[:5])} ended with {code}: {_told(said)}.")
+
+
+def _told(said: str) -> str:
+    """Return the line of what a program said that tells most."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = next((line for line in lines if re.match("(?i)error", line)), lines[-1] if lines else "it said nothing")
+    return told.rstrip(".")
 
 
 def _require(program: str) -> None:

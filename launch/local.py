@@ -7,6 +7,8 @@ others' lines begin with their number. SIGTERM and Ctrl-C are passed on, and a r
 When a process dies all end, and with --restarts they start again from the last checkpoint.
 """
 
+import copy
+import importlib.util
 import os
 import shlex
 import signal
@@ -47,6 +49,7 @@ def main(args: flags.FlagValues, rest: list[str]) -> int:
         raise InputError(
             "nothing follows --; give what launch.train takes there, as in -- --config=FILE --workdir=DIR."
         )
+    _check(args, rest)
     command = [sys.executable, "-m", args.module, *rest]
     shares = devices(args.processes, args.devices, os.environ)
     if args.dry_run:
@@ -67,6 +70,22 @@ def main(args: flags.FlagValues, rest: list[str]) -> int:
             if signals.wait(pause):
                 return Stopped.exit_code
     raise AssertionError("unreachable")
+
+
+def _check(args: flags.FlagValues, rest: list[str]) -> None:
+    try:
+        found = importlib.util.find_spec(args.module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise InputError(f"--module is {args.module!r}, which this Python does not find.")
+    if args.dry_run and args.module == "launch.train" and not cli.HELP & set(rest):
+        from launch import train
+
+        values = copy.deepcopy(train.FLAGS)
+        cli.parse(values, rest)
+        if not values.report:
+            cli.config_of(values)
 
 
 def devices(processes: int, cpus: int, env: Mapping[str, str]) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from aether.errors import InputError
+from aether.workdir import check_shared
 from launch import cli, jobs
 
 FLAGS = cli.new_flags()
@@ -28,7 +29,9 @@ flags.DEFINE_string("partition", "", "(empty: the cluster's default)", flag_valu
 flags.DEFINE_string("account", "", "that pays", flag_values=FLAGS)
 flags.DEFINE_string("qos", "", "quality of service", flag_values=FLAGS)
 flags.DEFINE_string("constraint", "", "features of the machines", flag_values=FLAGS)
-flags.DEFINE_integer("grace", 120, "seconds before the limit at which the run is told to save", 1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "grace", 120, "seconds before the limit at which the run is told to save", 1, 65535, flag_values=FLAGS
+)
 flags.DEFINE_integer("retries", 10, "how often it queues again", 0, flag_values=FLAGS)
 flags.DEFINE_string("logs", "", "folder of the logs, seen by all machines (empty: logs here)", flag_values=FLAGS)
 flags.DEFINE_string("python", sys.executable, "the Python to run, seen by all machines", flag_values=FLAGS)
@@ -106,6 +109,9 @@ def _check(args: flags.FlagValues, training: jobs.Training) -> None:
         raise InputError(f"--time is {args.time} ({limit} s) and --grace {args.grace} s; leave some time to train.")
     if not Path(training.config).is_file():
         raise InputError(f"--config is {training.config}, but there is no such file.")
+    if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
+        raise InputError(f"--mem is {args.mem!r}; it takes a number with K, M, G or T, as in 64G.")
+    check_shared(training.workdir, args.nodes * args.tasks_per_node)
     if args.nodes > 1 and training.workdir.startswith(("/tmp/", "/dev/shm/")):
         raise InputError(
             f"--workdir is {training.workdir} and --nodes {args.nodes}; give a folder that all machines share."

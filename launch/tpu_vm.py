@@ -50,7 +50,7 @@ class Resource:
     def state(self, assume: str = "ACTIVE") -> str:
         """Return the state in capitals, "" if there is no such resource."""
         argv = self._queued("describe", "--format=value(state.state)")
-        return self.shell.ask(argv, assume=assume, allow="NOT_FOUND").out
+        return self.shell.ask(argv, assume=assume, allow="NOT_FOUND", patient=True).out
 
     def create(self) -> None:
         """Join the queue."""
@@ -108,6 +108,8 @@ def main(args: flags.FlagValues, words: list[str]) -> None:
     resource = Resource(args, Shell(args.dry_run, workers.failures(name, zone, args.accelerator or args.topology)))
     if args.delete and not words:
         return resource.delete()
+    if args.delete and args.detach:
+        raise InputError("--delete and --detach are both given; nobody would be there to delete when the run ends.")
     training = jobs.training(words)
     jobs.in_checkout(training)
     _check(args, training)

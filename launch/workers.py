@@ -16,13 +16,19 @@ MARK = "aether-exit"  # the last line of what `follow` prints, with the exit cod
 CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5litepod": 1, "v6e": 1}  # what the number in v5p-128 counts, a chip
 EIGHT = {"v5litepod": 8, "v6e": 8}  # chips of the largest slice on one machine; others have 4 on each
 
+SIZES = (1, 4, 8, 16, 32, 64, 128, 256)  # chips of the slices of v5e and v6e
+
 
 def split(accelerator: str) -> tuple[str, int]:
     """Read `v5p-128` as (v5p, 64 chips)."""
     kind, _, number = accelerator.rpartition("-")
     if kind not in CORES or not number.isdecimal() or int(number) < 1:
         raise InputError(f"--accelerator is {accelerator!r}; it takes {', '.join(f'{k}-N' for k in CORES)}.")
-    return kind, -(-int(number) // CORES[kind])
+    cores = int(number)
+    if kind in EIGHT and cores not in SIZES or kind not in EIGHT and cores % 8:
+        some = ", ".join(map(str, SIZES)) if kind in EIGHT else "a multiple of 8, as it counts cores, 8 on a machine"
+        raise InputError(f"--accelerator is {accelerator!r}; the number of a {kind} is {some}.")
+    return kind, cores // CORES[kind]
 
 
 def hosts(accelerator: str, topology: str) -> int:
@@ -72,9 +78,9 @@ def failures(name: str, zone: str, kind: str) -> jobs.Failures:
             r"(?i)runtime.?version.*(not found|invalid)|software version",
             f"The --runtime is not one of {zone}'s; see gcloud compute tpus versions list --zone={zone}.",
         ),
-        (r"(?i)gcloud auth login|Reauthentication", "gcloud knows no account; run gcloud auth login."),
+        (r"(?i)gcloud auth login|Reauthentication|active account", "gcloud knows no account; run gcloud auth login."),
         (
-            r"project.*(is )?not set|property \[project\]",
+            r"project.*(is )?not set|(property|attribute) \[project\]",
             "--project is missing and gcloud has none; give --project=ID.",
         ),
         (

@@ -7,15 +7,18 @@ from typing import Any
 from aether.chips import Topology
 from aether.errors import InputError
 
-# For the TPU compiler where no TPU is: no search for devices, no lock on the library, no complaints on stderr.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile_seconds is to be what a compilation takes
+# What libtpu asks for when it is loaded where no TPU is; without answers it complains on stderr.
+NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+}
+ENVIRONMENT = {
+    **NO_TPU,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile_seconds is to be what a compilation takes
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 MOST_FAKE = 64  # GPUs; more than that takes minutes to compile for, on two cores

@@ -13,6 +13,7 @@ from absl import flags
 
 from aether.config import knobs
 from aether.errors import AetherError, CheckError, InputError, Stopped, StorageError
+from aether.plan.machine import NO_TPU
 from launch import cli
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ MAINS = ("train", "evaluate", "generate")
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
     """Keep what the mains set to this test."""
-    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TF_CPP_MIN_LOG_LEVEL")
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TF_CPP_MIN_LOG_LEVEL", *NO_TPU)
     for name in names:
         monkeypatch.setenv(name, "x")  # so that monkeypatch remembers it
         monkeypatch.delenv(name)
@@ -205,3 +206,19 @@ def test_a_wrong_choice_lists_the_right_ones(capsys):
     flags.DEFINE_enum("what", "layers", ["layers", "distance"], "which table", flag_values=values)
     assert cli.run(lambda args: pytest.fail("ran"), values, "doc", ["--what=foo"]) == 2
     assert capsys.readouterr().err == "error: --what is 'foo'; it takes one of layers, distance.\n"
+
+
+def test_libtpu_is_quiet_where_there_is_no_tpu(monkeypatch, tmp_path):
+    """Training asks JAX for its devices; libtpu, there for `launch.plan`, would look for machines that are not there."""
+    from aether.processes import cluster
+
+    for name in (names := ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES")):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "accel0").touch()
+    monkeypatch.setattr(cluster, "TPU_FILES", (f"{tmp_path}/accel*",))
+    cli.prepare_environment(False)
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setattr(cluster, "TPU_FILES", ())
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
+    cli.prepare_environment(False)
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == "1" and os.environ["TPU_WORKER_HOSTNAMES"] == "mine"

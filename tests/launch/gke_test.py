@@ -166,6 +166,7 @@ def test_schema_refuses(path, value, told):
         ([*FLAGS, "--nodes=2", "--gpus_per_node=8", *TRAINING], "--accelerator is ''"),
         ([*FLAGS, "--nodes=1", "--env=A", *TRAINING], "--env is 'A'"),
         ([*FLAGS, "--nodes=1", *TRAINING[:2], "--workdir=runs/x"], "--workdir is runs/x"),
+        ([*FLAGS, "--nodes=2", *TRAINING[:2], "--workdir=s3://b/r"], "on s3:// (s3://b/r) and the run has 2 processes"),
         (["--name=" + "a" * 60, "--image=i", "--nodes=1", *TRAINING], "at most"),
         (["--name=mine", "--nodes=1", *TRAINING], "--image is missing"),
     ],

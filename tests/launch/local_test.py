@@ -152,14 +152,18 @@ def test_nothing_outlives_it(start, tmp_path):
     assert len(set(pids)) == 2
 
 
-def test_dry_run_prints_what_it_would_do(capsys):
-    assert local.run(["--processes=2", "--devices=4", "--dry_run", "--", "--config=a b.py"]) == 0
+def test_dry_run_prints_what_it_would_do(capsys, tmp_path):
+    file = tmp_path / "a b.py"
+    file.write_text("from aether.config import default_config as get_config\n")
+    assert local.run(["--processes=2", "--devices=4", "--dry_run", "--", f"--config={file}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for index, line in enumerate(lines):
         assert line.startswith("JAX_COORDINATOR_ADDRESS=127.0.0.1:")
         assert f"JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={index} JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4" in line
-        assert line.endswith(f"{sys.executable} -m launch.train '--config=a b.py'")
+        assert line.endswith(f"{sys.executable} -m launch.train '--config={file}'")
+    assert local.run(["--dry_run", "--", f"--config={file}", "--config.train.steps=-1"]) == 2
+    assert "train.steps" in capsys.readouterr().err
 
 
 def test_gpus_are_shared_out(tmp_path):
@@ -181,6 +185,10 @@ def test_gpus_are_shared_out(tmp_path):
         (["--processes=0"], "--processes is '0'"),
         (["--processes=2", "--config=x.py"], "There is no flag --config"),
         (["--processes=2"], "nothing follows --"),
+        (
+            ["--processes=2", "--module=nope.nope", "--", "x"],
+            "--module is 'nope.nope', which this Python does not find.",
+        ),
     ],
 )
 def test_wrong_arguments(argv, said, capsys):

@@ -103,6 +103,8 @@ def test_time_limits_are_read_as_slurm_does(text, seconds):
         (["--gpus_per_node=3", "--tasks_per_node=2"], "--gpus_per_node is 3 and --tasks_per_node 2"),
         (["--name=a b"], "--name is 'a b'"),
         (["--nodes=0"], "--nodes is '0'"),
+        (["--mem=lots"], "--mem is 'lots'"),
+        (["--grace=70000"], "--grace is '70000'"),
     ],
 )
 def test_bad_flags_are_told_before_anything_is_submitted(words, told, fake, capsys):
@@ -118,6 +120,10 @@ def test_bad_flags_are_told_before_anything_is_submitted(words, told, fake, caps
         (["--", "--config=configs/quickstart.py"], "--workdir is missing"),
         (["--", "--config=configs/quickstar.py", "--workdir=w"], "did you mean configs/quickstart.py"),
         ([*TRAINING, "--config.train.step=5"], "train.step"),
+        (
+            ["--nodes=2", *TRAINING, "--workdir=s3://b/r"],
+            "--workdir is on s3:// (s3://b/r) and the run has 2 processes",
+        ),
     ],
 )
 def test_bad_training_is_told_before_anything_is_submitted(words, told, fake, capsys):

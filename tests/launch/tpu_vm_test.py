@@ -280,3 +280,46 @@ def test_archive_has_what_git_does_not_ignore(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
     with workers.archive(jobs.Shell(False), "x") as file, tarfile.open(file) as tar:
         assert sorted(tar.getnames()) == [".gitignore", "new.py", "with space"]
+
+
+def test_a_question_that_fails_for_now_is_asked_again(gcloud, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "WAITS", (0.0, 0.0))
+    busy = [1, "", "ERROR: (gcloud) UNAVAILABLE: The service is currently unavailable."]
+    gcloud([busy, state("ACTIVE"), busy, busy, state("ACTIVE")], [[255, "step 5", "lost"], ended(0)])
+    assert run(*FLAGS, *TRAINING) == 0
+    assert "The service is currently unavailable: asking again in 0 s" in capsys.readouterr().err
+    gcloud([busy])
+    assert run(*FLAGS, *TRAINING) == 1
+    assert "UNAVAILABLE" in capsys.readouterr().err.splitlines()[-1]
+    gcloud([[1, "", "ERROR: PERMISSION_DENIED: no"]])
+    before = len(gcloud.calls())
+    assert run(*FLAGS, *TRAINING) == 2
+    assert len(gcloud.calls()) == before + 1 and "TPU Admin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("ERROR: (gcloud) You do not currently have an active account selected.", "run gcloud auth login"),
+        ("ERROR: (gcloud) Failed to find attribute [project]. The attribute can be set ...", "give --project=ID"),
+    ],
+)
+def test_an_unready_gcloud_is_told(said, told, gcloud, capsys):
+    gcloud([[1, "", said]])
+    assert run(*FLAGS, *TRAINING) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["v5p-7", "v4-12", "v5litepod-3", "v6e-512", "v5litepod-0"])
+def test_slices_that_there_are_not(kind, gcloud, capsys):
+    gcloud()
+    words = [word for word in FLAGS if "topology" not in word]
+    assert run(*words, f"--accelerator={kind}", *TRAINING) == 2
+    assert f"--accelerator is '{kind}'" in capsys.readouterr().err and gcloud.calls() == []
+    assert run("--dry_run", *words, "--accelerator=v5p-24", *TRAINING) == 0
+
+
+def test_nobody_deletes_what_nobody_follows(gcloud, capsys):
+    gcloud()
+    assert run(*FLAGS, "--detach", "--delete", *TRAINING) == 2
+    assert "--delete and --detach are both given" in capsys.readouterr().err and gcloud.calls() == []
