@@ -69,7 +69,7 @@ def devices_of(topology: Topology) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except RuntimeError as error:
-        if "libtpu" not in str(error) and "not found" not in str(error).lower():
+        if not any(word in str(error).lower() for word in ("libtpu", "not found", "not installed")):
             raise
         raise InputError(
             f"--topology is {topology}, whose compiler is not installed; pip install 'aether[plan]' brings it."

@@ -209,7 +209,7 @@ def test_a_wrong_choice_lists_the_right_ones(capsys):
 
 
 def test_libtpu_is_quiet_where_there_is_no_tpu(monkeypatch, tmp_path):
-    """Training asks JAX for its devices; libtpu, there for `launch.plan`, would look for machines that are not there."""
+    """Training asks JAX for its devices; libtpu, there for `launch.plan`, would look for machines that are not."""
     from aether.processes import cluster
 
     for name in (names := ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES")):

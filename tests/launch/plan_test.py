@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from launch import cli, plan
+
+ROOT = Path(__file__).parents[2]
 
 CONFIG = "--config=configs/quickstart.py"
 TINY = ("--config.model.layers=2", "--config.model.width=32", "--config.model.heads=4")
@@ -67,3 +70,20 @@ def test_it_plans_gpus_in_a_process_of_its_own(tmp_path):
     assert (said["batch_size"], said["context"], said["vocab"], said["chips"]) == (8, 64, 257, 4)
     assert said["fits"] is True and said["mesh"] == dict(data=2, fsdp=2, sequence=1, tensor=1)
     assert done.stderr == ""
+
+
+def test_without_the_tpu_compiler_it_says_what_to_install():
+    code = """
+        import sys
+        sys.modules["libtpu"] = None
+        from launch import cli, plan
+        sys.exit(cli.run(plan.main, plan.FLAGS, "", sys.argv[1:]))
+    """
+    words = ["--config=configs/quickstart.py", "--vocab=257", "--topology=v5e:2x2"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert (
+        "--topology is v5e:2x2, whose compiler is not installed; pip install 'aether[plan]' brings it." in done.stderr
+    )
