@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aether.errors import StorageError
+from aether.errors import InputError, StorageError
 
 REASONS = {
     errno.ENOSPC: "disk full",
@@ -32,6 +32,15 @@ BLOCK = 1 << 20  # bytes read at a time
 
 class DamagedError(StorageError):
     """Files that are there, but not as they were written, so that an older copy may serve."""
+
+
+def check_shared(path: str, processes: int) -> None:
+    """Raise `InputError` unless this many processes can write to the workdir `path`."""
+    if processes > 1 and path.startswith("s3://"):
+        raise InputError(
+            f"--workdir is on s3:// ({path}) and the run has {processes} processes; several processes write to gs:// "
+            "or to a file system that all share."
+        )
 
 
 @contextlib.contextmanager

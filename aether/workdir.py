@@ -160,15 +160,6 @@ class Workdir:
             raise StorageError(f"Cannot {verb} {self.path}: {type(e).__name__}: {e}. {hint}.") from e
 
 
-def check_shared(path: str, processes: int) -> None:
-    """Raise `InputError` unless this many processes can write to the workdir `path`."""
-    if processes > 1 and path.startswith("s3://"):
-        raise InputError(
-            f"--workdir is on s3:// ({path}) and the run has {processes} processes; several processes write to gs:// "
-            "or to a file system that all share."
-        )
-
-
 def _mirror(path: str, primary: bool) -> Path:
     """Return the stable local folder for a remote one; readers have their own, lest they undo a writer's lines."""
     cache = Path(os.environ.get("AETHER_CACHE") or "~/.cache/aether").expanduser()

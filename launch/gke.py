@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from aether.errors import InputError
-from aether.workdir import check_shared
+from aether.storage import check_shared
 from launch import cli, jobs, jobset
 
 FLAGS = cli.new_flags()

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from aether.errors import InputError
-from aether.workdir import check_shared
+from aether.storage import check_shared
 from launch import cli, jobs
 
 FLAGS = cli.new_flags()

@@ -21,7 +21,6 @@ from aether.checkpoint.home import Home
 from aether.checkpoint.record import STATE, seal, verify
 from aether.checkpoint.together import Together
 from aether.errors import InputError, StorageError
-from aether.workdir import check_shared
 
 NICE = 19  # the least that Linux gives; without it the steps beside a save lose several times as much (LOG.md)
 
@@ -41,7 +40,7 @@ class Writer:
         self._error: Exception | None = None
         self._stage: Any = None
         if home.staged:
-            check_shared(home.path, jax.process_count())
+            storage.check_shared(home.path, jax.process_count())
             from etils import epath
 
             self._stage = epath.Path(tempfile.mkdtemp(prefix="aether-checkpoint-"))

@@ -17,7 +17,7 @@ from aether.errors import InputError, Stopped
 from aether.processes import rollcall
 from aether.processes.cluster import Cluster, find
 from aether.processes.peers import Peers
-from aether.workdir import check_shared
+from aether.storage import check_shared
 
 __all__ = ["Cluster", "end", "find", "start"]
 
