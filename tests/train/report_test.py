@@ -391,6 +391,9 @@ def test_wandb_offline_goes_on_with_the_same_run(reporter, tmp_path, monkeypatch
     assert json.loads((tmp_path / "wandb.json").read_text()) == saved | {"logged": 2}
     assert [x["step"] for x in logged] == [3] and logged[0]["train/loss"] == values(3)["loss"]
     files = list((tmp_path / "wandb").glob(f"offline-run-*-{saved['id']}/*.wandb"))
+    end = time.monotonic() + 30  # W&B writes them in a process of its own
+    while not all(f.stat().st_size > 500 for f in files) and time.monotonic() < end:
+        time.sleep(0.1)
     assert files and all(f.stat().st_size > 500 for f in files)
 
 
