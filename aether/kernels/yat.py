@@ -3,33 +3,30 @@
 `y = α (x·w + b)² / (D + ε)`, `D = max(‖x‖² + ‖w‖² − 2 x·w, 0)`  (nmn; arXiv 2410.09118 for the idea)
 
 Operands stay in the compute dtype, products accumulate in float32. The backward pass keeps, beside its operands, one
-number per output: u = y/α with the sign of n = x·w + b in its sign bit. Since D = S + 2b − 2n with S = ‖x‖² + ‖w‖²,
-n is a root of n² + 2un − u(S + 2b + ε) = 0, and the sign says which. Rounding u to bfloat16 costs less accuracy than
-rounding the dot product: the error of n is that of u divided by 2 + 2n/Q. Where b may be negative the root is not
-determined, and the float32 dot product is kept instead.
+number per output (`aether.kernels.tail`).
 
-The expanded distance loses ‖x − w‖² where x is near w: its relative error is about κ = S/(D + ε) roundings, harmless
-for unit vectors with ε ≥ 0.1 and for layers at their start, not for a trained prototype that sits on its data with
-ε ≤ 1e-3. What it cannot resolve (below four roundings of S) is taken as that much: zero would overrate y by up to D/ε.
-`ill_conditioned` counts the pairs with a large κ; `distance="exact"` takes differences instead, at m·n·d operations
-outside the matrix unit, and is also the form to differentiate twice.
+The expanded distance loses ‖x − w‖² where x is near w: its relative error is about κ = S/(D + ε) roundings, with
+S = ‖x‖² + ‖w‖²: harmless for unit vectors with ε ≥ 0.1 and for layers at their start, not for a trained prototype that
+sits on its data with ε ≤ 1e-3. What it cannot resolve (below four roundings of S) is taken as that much: zero would
+overrate y by up to D/ε. `ill_conditioned` counts the pairs with a large κ; `distance="exact"` takes differences
+instead, at m·n·d operations outside the matrix unit, and is also the form to differentiate twice.
 """
 
 import math
 from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
-_TINY = 1e-12  # squared norms below this are not stretched to a unit vector
+from aether.kernels.dense import TINY, Form, squares, unit_mlp, unit_product
+from aether.kernels.tail import Tail, sum_to
+
 _BLOCK = 16  # entries of the vectors whose differences are squared at a time
 _LEAST = 2.0**-126  # the least normal number in float32
-_FLOOR = 4 * 2.0**-23  # of S: what float32 sums resolve
 DISTANCES = ("expanded", "exact")
 
 
@@ -51,7 +48,7 @@ def check_distance(distance: str) -> str:
 def unit(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     """Return x/‖x‖ along `axis`, in x's dtype, the norm taken in float32; 0 stays 0 with a finite gradient."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis, keepdims=True), _TINY))).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis, keepdims=True), TINY))).astype(x.dtype)
 
 
 def yat(
@@ -109,21 +106,62 @@ def yat(
     exact = distance == "exact"
     if exact:
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    if spherical and not normalized:
-        x, w = unit(x), unit(w, axis)
-    equation = "...md,...nd->...mn" if transposed else "...md,...dn->...mn"
     if exact:
+        if spherical and not normalized:
+            x, w = unit(x), unit(w, axis)
         rows = w if transposed else w.swapaxes(-1, -2)
         d = squared_distances(x, rows)
         if spherical:
             d += _missing(x)[..., :, None] + _missing(rows)[..., None, :]
+        equation = "...md,...nd->...mn" if transposed else "...md,...dn->...mn"
         return ratio_of(jnp.einsum(equation, x, w, precision="highest"), d, *parts).astype(dtype)
-    dot = product(equation, x, w)
-    if w.ndim == 2:
-        dot = checkpoint_name(dot, "product")  # which a remat policy may keep
-    squares = (2.0, 0.0) if spherical else (_squares(x, -1)[..., :, None], _squares(w, axis)[..., None, :])
-    floor = max(_FLOOR, float(jnp.finfo(x.dtype).eps) / 20) if spherical else _FLOOR  # unit vectors have been rounded
-    return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, floor=floor, kept=x.dtype, dtype=dtype)
+    geometry = ("unit" if normalized else "direction") if spherical else "point"
+    return unit_product(Form(geometry, transposed, nonnegative_bias, dtype), x, w, *parts)
+
+
+def yat_mlp(
+    x: Array,
+    w: Array,
+    out: Array,
+    *,
+    bias: Array | float = 0.0,
+    alpha: Array | float = 1.0,
+    epsilon: Array | float = 1e-5,
+    spherical: bool = False,
+    nonnegative_bias: bool = True,
+) -> Array:
+    """Return yat(x, w) @ out, by the expanded distance, with one gradient that keeps u alone of the hidden width.
+
+    The linear map needs y = α |u| for its gradient, which u gives.
+
+    Args:
+      x: (..., m, d).
+      w: (d, n), of x's dtype.
+      out: (n, e), of x's dtype.
+      bias: b, a number, (1,) or (n,).
+      alpha: α, one number.
+      epsilon: ε > 0, one number.
+      spherical: compare directions only.
+      nonnegative_bias: promise that b ≥ 0; else the float32 dot product is kept in u's place.
+
+    Returns:
+      (..., m, e) in x's dtype, accumulated in float32.
+
+    Raises:
+      ValueError: dtypes or sizes differ, α or ε is not one number, or ε is a number ≤ 0.
+    """
+    if not x.dtype == w.dtype == out.dtype:
+        raise ValueError(f"x, w and out are {x.dtype}, {w.dtype} and {out.dtype}; cast all to the compute dtype.")
+    if x.ndim < 2 or w.ndim != 2 or out.ndim != 2 or (x.shape[-1], w.shape[1]) != (w.shape[0], out.shape[0]):
+        raise ValueError(
+            f"x, w and out are {x.shape}, {w.shape}, {out.shape}; they must be (..., m, d), (d, n), (n, e)."
+        )
+    check_epsilon(epsilon)
+    if jnp.size(alpha) != 1 or jnp.size(epsilon) != 1:
+        raise ValueError(f"alpha is {jnp.shape(alpha)} and epsilon {jnp.shape(epsilon)}; both must be one number.")
+    parts = tuple(jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
+    form = Form("direction" if spherical else "point", False, nonnegative_bias, x.dtype)
+    return unit_mlp(form, x, w, out, *parts)
 
 
 def ill_conditioned(x: Array, w: Array, epsilon: Array | float, threshold: float = 1e3) -> Array:
@@ -133,7 +171,7 @@ def ill_conditioned(x: Array, w: Array, epsilon: Array | float, threshold: float
     """
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     d = squared_distances(x, w.T)
-    return jnp.sum((_squares(x, -1)[:, None] + _squares(w, 0)) > threshold * (d + epsilon))
+    return jnp.sum((squares(x, -1)[:, None] + squares(w, 0)) > threshold * (d + epsilon))
 
 
 def squared_distances(x: Array, w: Array) -> Array:
@@ -195,100 +233,39 @@ def ratio(
     epsilon: Array,
     *,
     nonnegative_bias: bool,
-    floor: float = _FLOOR,
     kept: jnp.dtype,
     dtype: jnp.dtype,
 ) -> Array:
-    """Return α (dot + b)² / (max(S − 2 dot, floor·S) + ε), S = ‖x‖² + ‖w‖²; its gradient keeps one number an output.
-
-    Args:
-      dot: x·w, float32.
-      x_square: ‖x‖², broadcastable to `dot`.
-      w_square: ‖w‖², broadcastable to `dot`.
-      bias: b, broadcastable to `dot`, as are α and ε.
-      alpha: α.
-      epsilon: ε.
-      nonnegative_bias: keep the signed u in `kept`, else `dot` itself.
-      floor: the rounding error of the distance, in parts of S.
-      kept: the compute dtype.
-      dtype: of the result.
-    """
-    options = Options(nonnegative_bias, floor, jnp.dtype(kept), jnp.dtype(dtype))
+    """CONV"""
+    tail = Tail(nonnegative_bias, jnp.dtype(kept))
     squares = (jnp.asarray(s, jnp.float32) for s in (x_square, w_square))
-    return _ratio(options, dot, *squares, bias, alpha, epsilon)
+    return _ratio(tail, jnp.dtype(dtype), dot, *squares, bias, alpha, epsilon)
 
 
-class Options(NamedTuple):
-    """What is known of a ratio when it is traced."""
-
-    nonnegative_bias: bool
-    floor: float
-    kept: jnp.dtype
-    dtype: jnp.dtype
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ratio(tail, dtype, dot, x_square, w_square, bias, alpha, epsilon):
+    return _forward(tail, dtype, dot, x_square, w_square, bias, alpha, epsilon)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ratio(o, dot, x_square, w_square, bias, alpha, epsilon):
-    return _forward(o, dot, x_square, w_square, bias, alpha, epsilon)[0]
+def _forward(tail, dtype, dot, x_square, w_square, bias, alpha, epsilon):
+    u, kept = tail.respond(dot, x_square + w_square, bias, epsilon)
+    return (alpha * u).astype(dtype), (kept, x_square, w_square, bias, alpha, epsilon)
+
+
+def _backward(tail, dtype, residuals, g):
+    kept, x_square, w_square, bias, alpha, epsilon = residuals
+    s, g = x_square + w_square, g.astype(jnp.float32)
+    u, t, free = tail.recover(kept, s, bias, epsilon)
+    of_n = 2.0 * g * alpha * t
+    of_q, of_d = -0.5 * of_n * t, -0.5 * of_n * free
+    parts = ((of_d, x_square), (of_d, w_square), (of_n, bias), (g * u, alpha), (of_q, epsilon))
+    return of_n * (1.0 + free), *(sum_to(g, p.shape) for g, p in parts)
+
+
+_ratio.defvjp(_forward, _backward)
 
 
 def _missing(x: Array) -> Array:
     """Return what squares of unit vectors lack of 1: something for vectors near 0 alone, so that D = 2 there too."""
-    square = _squares(x, -1)
+    square = squares(x, -1)
     return jnp.where(square < 0.5, 1.0 - square, 0.0)
-
-
-def _squares(x: Array, axis: int) -> Array:
-    x = x.astype(jnp.float32)
-    return jnp.sum(x * x, axis)
-
-
-def _forward(o, dot, x_square, w_square, bias, alpha, epsilon):
-    n, s = dot + bias, x_square + w_square
-    u = n * n / (jnp.maximum(s - 2.0 * dot, o.floor * s) + epsilon)
-    kept = jnp.where(n < 0, -u, u).astype(o.kept) if o.nonnegative_bias else dot
-    return (alpha * u).astype(o.dtype), (kept, x_square, w_square, bias, alpha, epsilon)
-
-
-def _recover(kept, s, bias, epsilon, least):
-    """Return (n, Q, u, distance not clamped) from u with the sign of n; `least` is the least distance."""
-    signed = kept.astype(jnp.float32)
-    u = jnp.abs(signed)
-    c = s + 2.0 * bias + epsilon
-    root, other = jnp.sqrt(u), jnp.sqrt(u + c)  # never √(u(u + c)), which overflows
-    positive = root * c / (root + other)  # = root (other − root) without its cancellation
-    edge = 0.5 * (s - least) + bias  # n at which the distance reaches `least`
-    clamped = least + epsilon
-    free = (signed < 0) | (u * clamped < edge * edge)
-    n = jnp.where(signed < 0, -root * (root + other), jnp.where(free, positive, root * jnp.sqrt(clamped)))
-    q = jnp.where(free, jnp.where(u > 1e-30, n * (n / jnp.maximum(u, 1e-30)), c), clamped)
-    return n, q, u, free
-
-
-def _backward(o, residuals, g):
-    kept, x_square, w_square, bias, alpha, epsilon = residuals
-    s = x_square + w_square
-    if o.nonnegative_bias:
-        n, q, u, free = _recover(kept, s, bias, epsilon, o.floor * s)
-    else:
-        n, raw = kept + bias, s - 2.0 * kept
-        free = raw > o.floor * s
-        q = jnp.maximum(raw, o.floor * s) + epsilon
-        u = n * n / q
-    g = g.astype(jnp.float32)
-    ga = g * alpha
-    g_n = 2.0 * ga * (n / q)
-    g_q = -ga * (u / q)
-    g_distance = jnp.where(free, g_q, 0.0)
-    parts = ((g_distance, x_square), (g_distance, w_square), (g_n, bias), (g * u, alpha), (g_q, epsilon))
-    return g_n - 2.0 * g_distance, *(_sum_to(g, p.shape) for g, p in parts)
-
-
-def _sum_to(g: Array, shape: tuple[int, ...]) -> Array:
-    """Sum `g` over the axes along which an operand of `shape` was broadcast."""
-    g = jnp.sum(g, tuple(range(g.ndim - len(shape))))
-    axes = tuple(i for i, size in enumerate(shape) if size == 1 and g.shape[i] != 1)
-    return jnp.sum(g, axes, keepdims=True)
-
-
-_ratio.defvjp(_forward, _backward)

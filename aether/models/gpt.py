@@ -13,7 +13,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from aether.config import ModelConfig
-from aether.nn import Attention, Embed, KVCache, LayerNorm, Linear, YatAttention, YatNMN
+from aether.nn import Attention, Embed, KVCache, LayerNorm, Linear, YatAttention, YatMLP
 from aether.nn.param import pad_axis, stack
 from aether.parallel import activation, looked_up
 
@@ -55,26 +55,28 @@ def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
     return YatAttention(c.width, c.heads, use_score_bias=c.yat_bias > 0, **unit, **kwargs)
 
 
-class MLP(nnx.Module):
-    """Linear(YatNMN(x)), or Linear(GELU(Linear(x)))."""
+def _mlp(c: ModelConfig, rngs: nnx.Rngs) -> "MLP | YatMLP":
+    std, out_std = _branch_std(c)
+    use_bias = c.linear_bias == "yes"
+    if c.mlp == "gelu":
+        return MLP(c.width, c.hidden, std=std, out_std=out_std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
+    unit = dict(use_bias=c.yat_bias > 0, **_unit(c, c.mlp_alpha))
+    return YatMLP(c.width, c.hidden, out_bias=use_bias, out_std=out_std, dtype=c.dtype, rngs=rngs, **unit)
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        std, out_std = _branch_std(c)
-        use_bias = c.linear_bias == "yes"
-        self.gelu = c.mlp == "gelu"
-        self.hidden: Linear | YatNMN
-        if self.gelu:
-            self.hidden = Linear(c.width, c.hidden, std=std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
-        else:
-            unit = _unit(c, c.mlp_alpha)
-            self.hidden = YatNMN(c.width, c.hidden, use_bias=c.yat_bias > 0, **unit, dtype=c.dtype, rngs=rngs)
-        axes = ("mlp", "embed")
-        self.out = Linear(c.hidden, c.width, std=out_std, use_bias=use_bias, axes=axes, dtype=c.dtype, rngs=rngs)
+
+class MLP(nnx.Module):
+    """out(GELU(hidden(x))), both linear; `YatMLP` stands in its place in AetherGPT."""
+
+    def __init__(
+        self, width: int, hidden: int, *, std: float, out_std: float, use_bias: bool, dtype: str, rngs: nnx.Rngs
+    ):
+        shared: dict[str, Any] = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(width, hidden, std=std, **shared)
+        self.out = Linear(hidden, width, std=out_std, axes=("mlp", "embed"), **shared)
 
     def __call__(self, x: Array) -> Array:
         """Map (b, t, d) to itself."""
-        h = self.hidden(x)
-        h = jax.nn.gelu(checkpoint_name(h, "product")) if self.gelu else h  # a ⵟ unit names its own product
+        h = jax.nn.gelu(checkpoint_name(self.hidden(x), "product"))
         return self.out(checkpoint_name(h, "hidden"))
 
 
@@ -83,7 +85,7 @@ class Block(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.attention = _attention(c, rngs)
-        self.mlp = MLP(c, rngs)
+        self.mlp = _mlp(c, rngs)
         norm = c.norm == "layernorm"
         use_bias = c.linear_bias == "yes"
         self.norm1 = LayerNorm(c.width, use_bias=use_bias, dtype=c.dtype) if norm else None

@@ -15,6 +15,7 @@ from aether.nn.conv import (
 from aether.nn.embed import YatEmbed
 from aether.nn.linear import Embed, LayerNorm, Linear
 from aether.nn.linear_attention import YatLinearAttention
+from aether.nn.mlp import YatMLP
 from aether.nn.param import FrozenParam
 from aether.nn.prototypes import KernelBank, draw_prototypes
 from aether.nn.rnn import YatGRUCell, YatLSTMCell, YatSimpleCell
@@ -41,6 +42,7 @@ __all__ = [
     "YatGRUCell",
     "YatLSTMCell",
     "YatLinearAttention",
+    "YatMLP",
     "YatNMN",
     "YatSimpleCell",
     "draw_prototypes",
