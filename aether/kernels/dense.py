@@ -71,10 +71,10 @@ def lead_axes(x: Array, w: Array) -> str:
     return string.ascii_uppercase[: x.ndim - 1] if w.ndim == 2 else "...m"
 
 
-def squares(x: Array, axis: int) -> Array:
+def squares(x: Array, axis: int | tuple[int, ...], *, keepdims: bool = False) -> Array:
     """Return ‖x‖² along `axis` in float32."""
     x = x.astype(jnp.float32)
-    return jnp.sum(x * x, axis)
+    return jnp.sum(x * x, axis, keepdims=keepdims)
 
 
 def multiply(equation: str, x: Array, w: Array, dtype: Any = jnp.float32) -> Array:

@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -17,9 +18,9 @@ def rotate(x: Array, positions: Array, theta: float = 10000.0) -> Array:
     if not 0 < theta < math.inf:
         raise ValueError(f"theta is {theta}; it must be a positive finite number, such as 10000.")
     k = x.shape[-1]
-    frequency = theta ** (-jnp.arange(0, k, 2, dtype=jnp.float32) / k)
+    frequency = theta ** (-(jnp.arange(k) // 2 * 2).astype(jnp.float32) / k)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    # (−x₁, x₀) of each pair by a product: on a TPU it costs a fraction of what taking strided halves apart costs.
+    quarter = jnp.asarray(np.kron(np.eye(k // 2), [[0, 1], [-1, 0]]), x.dtype)
+    turned = jnp.einsum("bthk,kj->bthj", x, quarter, preferred_element_type=jnp.float32, precision="highest")
+    return (x.astype(jnp.float32) * jnp.cos(angle) + turned * jnp.sin(angle)).astype(x.dtype)

@@ -45,10 +45,29 @@ def check_distance(distance: str) -> str:
     return distance
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unit(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """Return x/‖x‖ along `axis`, in x's dtype, the norm taken in float32; 0 stays 0 with a finite gradient."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis, keepdims=True), TINY))).astype(x.dtype)
+    """Return x/‖x‖ along `axis`, in x's dtype, the norm taken in float32; 0 stays 0 with a finite gradient.
+
+    The backward pass needs the result, which what follows keeps in any case, and one number a vector.
+    """
+    return _unit_forward(x, axis)[0]
+
+
+def _unit_forward(x, axis):
+    inverse = jax.lax.rsqrt(jnp.maximum(squares(x, axis, keepdims=True), TINY))
+    y = (x.astype(jnp.float32) * inverse).astype(x.dtype)
+    return y, (y, inverse)
+
+
+def _unit_backward(axis, residuals, g):
+    y, inverse = (a.astype(jnp.float32) for a in residuals)
+    g = g.astype(jnp.float32)
+    along = jnp.where(inverse < TINY**-0.5, jnp.sum(g * y, axis, keepdims=True), 0.0)
+    return (((g - along * y) * inverse).astype(residuals[0].dtype),)
+
+
+unit.defvjp(_unit_forward, _unit_backward)
 
 
 def yat(
