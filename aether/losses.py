@@ -91,16 +91,18 @@ def _scan(
         logits = jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
         logits = jnp.where(ids < vocab, logits, -jnp.inf)
         hot = ids == target[..., None]
-        # Sums and maxima, as these stay where the vocabulary is split; a look-up or argmax would gather the logits.
+        # Sums and maxima, as these stay where the vocabulary is split; a look-up or argmax would gather the logits. All
+        # sums go over the same logits, so that they are one pass.
         highest = jnp.max(logits, -1)
         log_z = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), -1))
         right = jnp.sum(jnp.where(hot, logits, 0.0), -1)
-        guess = jnp.min(jnp.where(logits == highest[..., None], ids, vocab), -1)
+        before = jnp.sum(jnp.where((logits == highest[..., None]) & (ids < target[..., None]), 1.0, 0.0), -1)
+        guessed = (right == highest) & (before == 0)  # of equal guesses the first counts
         loss = jnp.sum(weight * (log_z - right))
         sums = (
             total + loss + z_loss * jnp.sum(weight * log_z**2),
             nll + loss,
-            correct + jnp.sum(weight * (guess == target)),
+            correct + jnp.sum(weight * guessed),
         )
         if not grad:
             return (sums, None), None

@@ -172,9 +172,8 @@ def yat_mlp(
     if not x.dtype == w.dtype == out.dtype:
         raise ValueError(f"x, w and out are {x.dtype}, {w.dtype} and {out.dtype}; cast all to the compute dtype.")
     if x.ndim < 2 or w.ndim != 2 or out.ndim != 2 or (x.shape[-1], w.shape[1]) != (w.shape[0], out.shape[0]):
-        raise ValueError(
-            f"x, w and out are {x.shape}, {w.shape}, {out.shape}; they must be (..., m, d), (d, n), (n, e)."
-        )
+        shapes = f"x, w and out are {x.shape}, {w.shape} and {out.shape}"
+        raise ValueError(f"{shapes}; they must be (..., m, d), (d, n) and (n, e).")
     check_epsilon(epsilon)
     if jnp.size(alpha) != 1 or jnp.size(epsilon) != 1:
         raise ValueError(f"alpha is {jnp.shape(alpha)} and epsilon {jnp.shape(epsilon)}; both must be one number.")
