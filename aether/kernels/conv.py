@@ -2,8 +2,8 @@
 
 `y = α (p·w + b)² / (max(‖p‖² + ‖w‖² − 2 p·w, 0) + ε)` for each patch p; the zeros of padding and of dilation are
 entries of the patch, and the kernel counts whole. p·w is one convolution; ‖p‖² is the channel sum of x², summed over
-the window, so no second convolution is needed. The backward pass keeps one number an output, as in
-`aether.kernels.yat`; if `spherical`, it is the cosine in float32.
+the window, so no second convolution is needed. The backward pass keeps one number an output (`aether.kernels.tail`)
+beside x and w, of which it takes the squares again.
 """
 
 import math
@@ -206,7 +206,8 @@ def _forward(form, x, w, bias, alpha, epsilon):
     dot = convolve(form.window, x, w)
     if form.spherical:
         dot = dot * (_inverse_norm(patch) * _inverse_norm(kernel))
-    u, kept = Tail(form.nonnegative_bias, x.dtype).respond(dot, _total(form, patch, kernel), bias, epsilon)
+    s = 2.0 if form.spherical else patch + kernel
+    u, kept = Tail(form.nonnegative_bias, x.dtype).respond(dot, s, bias, epsilon)
     return (alpha * u).astype(form.dtype), (x, w, bias, alpha, epsilon, kept)
 
 
@@ -215,7 +216,8 @@ def _backward(form, residuals, g):
     x, w, bias, alpha, epsilon, kept = residuals
     (patch, kernel), of_squares = jax.vjp(partial(_squares, form.window), x, w)
     g = g.astype(jnp.float32)
-    u, t, free = Tail(form.nonnegative_bias, x.dtype).recover(kept, _total(form, patch, kernel), bias, epsilon)
+    s = 2.0 if form.spherical else patch + kernel
+    u, t, free = Tail(form.nonnegative_bias, x.dtype).recover(kept, s, bias, epsilon)
     ga, spread = g * alpha, 1.0 + free
     of_dot = 2.0 * ga * t * spread
     if form.spherical:  # the lengths take what points along the patch and the kernel: cos · t = u − bt
@@ -243,11 +245,6 @@ def _squares(window: Window, x: Array, w: Array) -> tuple[Array, Array]:
         patch = jnp.broadcast_to(patch[..., None], shares).reshape(*patch.shape[:-1], outputs)
     w = w.astype(jnp.float32)
     return patch, jnp.abs(jnp.sum(w * w, tuple(range(w.ndim - 1))))  # abs: else XLA:CPU writes ‖p‖² + ‖w‖² out
-
-
-def _total(form: Form, patch: Array, kernel: Array) -> Array:
-    """Return S; where it is 2 everywhere, as an array, which keeps the quotient by S + 2b + ε one: see `_backward`."""
-    return jnp.where(patch >= 0.0, 2.0, jnp.nan) if form.spherical else patch + kernel
 
 
 def patch_squares(x: Array, window: Window) -> Array:
