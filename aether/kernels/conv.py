@@ -2,20 +2,21 @@
 
 `y = α (p·w + b)² / (max(‖p‖² + ‖w‖² − 2 p·w, 0) + ε)` for each patch p; the zeros of padding and of dilation are
 entries of the patch, and the kernel counts whole. p·w is one convolution; ‖p‖² is the channel sum of x², summed over
-the window, so no second convolution is needed. The backward pass keeps one number an output, as in
-`aether.kernels.yat`; if `spherical`, it is the cosine in float32.
+the window, so no second convolution is needed. The backward pass keeps one number an output (`aether.kernels.tail`)
+beside x and w, of which it takes the squares again.
 """
 
 import math
 from functools import partial
-from typing import TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from aether.kernels.tail import Tail, sum_to
 from aether.kernels.window import Padding, Sizes, Window, conv_window, transposed_window
-from aether.kernels.yat import check_distance, check_epsilon, ratio, ratio_of, squared_distances
+from aether.kernels.yat import check_distance, check_epsilon, ratio_of, squared_distances
 
 _TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 
@@ -160,40 +161,96 @@ def yat_windows(
     """
     check_distance(distance)
     check_epsilon(epsilon)
-    groups, outputs = window.groups, w.shape[-1]
     dtype = jnp.dtype(dtype or x.dtype)
-    parts = tuple(_grouped(p, groups, w.shape[-1]) for p in (bias, alpha, epsilon))
-    patch_square, kernel_square = patch_squares(x, window)[..., None], _kernel_squares(w, groups)
+    parts = tuple(_part(p, w.shape[-1]) for p in (bias, alpha, epsilon))
+    if distance == "expanded":
+        return _expanded(Form(window, spherical, nonnegative_bias, dtype), x, w, *parts)
     dot = convolve(window, x, w)
-    dot = dot.reshape(*dot.shape[:-1], groups, outputs // groups)
     if spherical:
-        dot = cosine(x.dtype, dot, patch_square, kernel_square)
-    if distance == "exact":
-        y = ratio_of(dot, _distances(x, w, window, spherical), *parts).astype(dtype)
-    else:
-        squares = (2.0, 0.0) if spherical else (patch_square, kernel_square)
-        keep_sign = nonnegative_bias and not spherical  # the cosine is kept in any case
-        y = ratio(dot, *squares, *parts, nonnegative_bias=keep_sign, kept=x.dtype, dtype=dtype)
-    return y.reshape(*y.shape[:-2], outputs)
+        patch, kernel = _squares(window, x, w)
+        dot = dot * _inverse_norm(patch) * _inverse_norm(kernel)
+    return ratio_of(dot, _distances(x, w, window, spherical), *parts).astype(dtype)
 
 
-def _grouped(part: Array | float, groups: int, outputs: int) -> Array:
-    """Return b, α or ε as it goes with outputs (..., groups, out / groups)."""
+def _part(part: Array | float, outputs: int) -> Array:
+    """Return b, α or ε as it broadcasts to the outputs."""
     part = jnp.asarray(part, jnp.float32)
     if part.shape not in ((), (1,), (outputs,)):
         raise ValueError(f"bias, alpha or epsilon is {part.shape}; it must be a number, (1,) or ({outputs},).")
-    return part.reshape(groups, -1) if part.size > 1 else part
+    return part
+
+
+class Form(NamedTuple):
+    """What is known of a ⵟ convolution by the expanded distance when it is traced.
+
+    Attributes:
+      window: over x.
+      spherical: compare directions.
+      nonnegative_bias: see `Tail`.
+      dtype: of the result.
+    """
+
+    window: Window
+    spherical: bool
+    nonnegative_bias: bool
+    dtype: jnp.dtype
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expanded(form: Form, x: Array, w: Array, bias: Array, alpha: Array, epsilon: Array) -> Array:
+    return _forward(form, x, w, bias, alpha, epsilon)[0]
+
+
+def _forward(form, x, w, bias, alpha, epsilon):
+    patch, kernel = _squares(form.window, x, w)
+    dot = convolve(form.window, x, w)
+    if form.spherical:
+        dot = dot * (_inverse_norm(patch) * _inverse_norm(kernel))
+    s = 2.0 if form.spherical else patch + kernel
+    u, kept = Tail(form.nonnegative_bias, x.dtype).respond(dot, s, bias, epsilon)
+    return (alpha * u).astype(form.dtype), (x, w, bias, alpha, epsilon, kept)
+
+
+def _backward(form, residuals, g):
+    """The squares go first, and their sums before the convolutions: XLA:CPU then needs least memory, hence time."""
+    x, w, bias, alpha, epsilon, kept = residuals
+    (patch, kernel), of_squares = jax.vjp(partial(_squares, form.window), x, w)
+    g = g.astype(jnp.float32)
+    s = 2.0 if form.spherical else patch + kernel
+    u, t, free = Tail(form.nonnegative_bias, x.dtype).recover(kept, s, bias, epsilon)
+    ga, spread = g * alpha, 1.0 + free
+    of_dot = 2.0 * ga * t * spread
+    if form.spherical:  # the lengths take what points along the patch and the kernel: cos · t = u − bt
+        along = ga * spread * (bias * t - u)
+        of_square = [jnp.where(s > _TINY, sum_to(along, s.shape) / jnp.maximum(s, _TINY), 0.0) for s in (patch, kernel)]
+        of_dot = of_dot * (_inverse_norm(patch) * _inverse_norm(kernel))
+    else:
+        along = -ga * t * free
+        of_square = [sum_to(along, s.shape) for s in (patch, kernel)]
+    more_x, more_w = of_squares(tuple(of_square))
+    of_x, of_w = _convolve_backward(form.window, (x, w), of_dot)
+    of_bias, of_alpha, of_epsilon = (jnp.sum(a, tuple(range(g.ndim - 1))) for a in (g * t, g * u, ga * t * t))
+    of_unit = (2.0 * alpha * of_bias, bias), (of_alpha, alpha), (-of_epsilon, epsilon)
+    return more_x + of_x, more_w + of_w, *(sum_to(a, part.shape) for a, part in of_unit)
+
+
+_expanded.defvjp(_forward, _backward)
+
+
+def _squares(window: Window, x: Array, w: Array) -> tuple[Array, Array]:
+    """Return ‖p‖² and ‖w‖² as they broadcast to the outputs: (b, places..., 1 or out) and (out,), float32."""
+    patch, outputs = patch_squares(x, window), w.shape[-1]
+    if window.groups > 1:
+        shares = (*patch.shape, outputs // window.groups)
+        patch = jnp.broadcast_to(patch[..., None], shares).reshape(*patch.shape[:-1], outputs)
+    w = w.astype(jnp.float32)
+    return patch, jnp.abs(jnp.sum(w * w, tuple(range(w.ndim - 1))))  # abs: else XLA:CPU writes ‖p‖² + ‖w‖² out
 
 
 def patch_squares(x: Array, window: Window) -> Array:
     """Return ‖p‖² of the channels of each group, (b, places..., groups), float32."""
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], window.groups, x.shape[-1] // window.groups)
     return window.sums(jnp.sum(x * x, -1))
-
-
-def _kernel_squares(w: Array, groups: int) -> Array:
-    w = w.astype(jnp.float32)
-    return jnp.sum(w * w, tuple(range(w.ndim - 1))).reshape(groups, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -236,42 +293,12 @@ def _convolve_backward(window, operands, g):
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def cosine(dtype: jnp.dtype, dot: Array, x_square: Array, w_square: Array) -> Array:
-    """Return x·w / (‖x‖ ‖w‖), which is all that its backward pass keeps an output; 0, as its gradient, if either is 0.
-
-    x_square and w_square broadcast to `dot`: (..., 1) and (..., out). `dtype` is what the cotangent of `dot` will be
-    rounded to: the gradients along x and w cancel only if those of the lengths are of the same rounded numbers.
-    """
-    return dot * _inverse_norm(x_square) * _inverse_norm(w_square)
-
-
 def _inverse_norm(square: Array) -> Array:
     return jnp.where(square > 0, lax.rsqrt(jnp.maximum(square, _TINY)), 0.0)
 
 
-def _cosine_forward(dtype, dot, x_square, w_square):
-    cos = cosine(dtype, dot, x_square, w_square)
-    return cos, (cos, x_square, w_square)
-
-
-def _cosine_backward(dtype, residuals, g):
-    cos, x_square, w_square = residuals
-    g_dot = (g * _inverse_norm(x_square) * _inverse_norm(w_square)).astype(dtype).astype(jnp.float32)
-    lengths = jnp.sqrt(jnp.maximum(x_square, _TINY)) * jnp.sqrt(jnp.maximum(w_square, _TINY))
-    slope = -0.5 * g_dot * (cos * lengths)
-
-    def of_square(square, axes):
-        return jnp.where(square > _TINY, jnp.sum(slope, axes).reshape(square.shape) / jnp.maximum(square, _TINY), 0.0)
-
-    return g_dot, of_square(x_square, -1), of_square(w_square, tuple(range(cos.ndim - w_square.ndim)))
-
-
-cosine.defvjp(_cosine_forward, _cosine_backward)
-
-
 def _distances(x: Array, w: Array, window: Window, spherical: bool) -> Array:
-    """Return Σ(p − w)² by differences, (b, places..., groups, out / groups), one entry of the window after the other.
+    """Return Σ(p − w)² by differences, (b, places..., out), one entry of the window after the other.
 
     A zero patch or kernel in the place of a unit vector counts 1 more, so that D = 2 − 2 cos there too.
     """
@@ -279,10 +306,10 @@ def _distances(x: Array, w: Array, window: Window, spherical: bool) -> Array:
     places, groups = window.places(x.shape[1:-1]), window.groups
     scale, extra = jnp.ones(()), jnp.zeros(())
     if spherical:
-        patch, kernel = patch_squares(x, window), _kernel_squares(w, groups)
-        scale = _inverse_norm(patch)[..., None]
-        w = w * _inverse_norm(kernel).reshape(-1)
-        extra = (patch == 0)[..., None].astype(jnp.float32) + (kernel == 0)
+        patch, kernel = _squares(window, x, w)
+        scale = _inverse_norm(patch_squares(x, window))[..., None]
+        w = w * _inverse_norm(kernel)
+        extra = (patch == 0).astype(jnp.float32) + (kernel == 0)
     spread = window.spread(x)
     kernels = jnp.moveaxis(w.reshape(-1, w.shape[-2], groups, w.shape[-1] // groups), 1, -1)  # (k, groups, out, in)
 
@@ -295,4 +322,4 @@ def _distances(x: Array, w: Array, window: Window, spherical: bool) -> Array:
 
     zeros = jnp.zeros((groups, x.shape[0] * math.prod(places), w.shape[-1] // groups), jnp.float32)
     total = lax.scan(add, zeros, (window.taps(), kernels))[0]
-    return jnp.moveaxis(total, 0, 1).reshape(x.shape[0], *places, groups, -1) + extra
+    return jnp.moveaxis(total, 0, 1).reshape(x.shape[0], *places, -1) + extra

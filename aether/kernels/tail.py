@@ -34,8 +34,8 @@ class Tail(NamedTuple):
     def respond(self, dot: Array, s: Array | float, bias: Array, epsilon: Array) -> tuple[Array, Array]:
         """Return u = n²/Q with Q = max(S − 2 x·w, floor·S) + ε, and what the backward pass keeps."""
         n = dot + bias
-        u = n * n / (jnp.maximum(s - 2.0 * dot, self.floor * s) + epsilon)
-        return u, jnp.where(n < 0, -u, u).astype(self.dtype) if self.nonnegative_bias else dot
+        signed = n * jnp.abs(n) / (jnp.maximum(s - 2.0 * dot, self.floor * s) + epsilon)
+        return jnp.abs(signed), signed.astype(self.dtype) if self.nonnegative_bias else dot
 
     def response(self, kept: Array, s: Array | float, bias: Array, epsilon: Array) -> Array:
         """Return u of what was kept, in the compute dtype."""

@@ -23,7 +23,6 @@ import numpy as np
 from jax import Array
 
 from aether.kernels.dense import TINY, Form, squares, unit_mlp, unit_product
-from aether.kernels.tail import Tail, sum_to
 
 _BLOCK = 16  # entries of the vectors whose differences are squared at a time
 _LEAST = 2.0**-126  # the least normal number in float32
@@ -240,47 +239,6 @@ product.defvjp(_product_forward, _product_backward)
 def ratio_of(dot: Array, distance: Array, bias: Array, alpha: Array, epsilon: Array) -> Array:
     """Return α (dot + b)² / (distance + ε), differentiated by JAX."""
     return alpha * (dot + bias) ** 2 / (distance + epsilon)
-
-
-def ratio(
-    dot: Array,
-    x_square: Array | float,
-    w_square: Array | float,
-    bias: Array,
-    alpha: Array,
-    epsilon: Array,
-    *,
-    nonnegative_bias: bool,
-    kept: jnp.dtype,
-    dtype: jnp.dtype,
-) -> Array:
-    """CONV"""
-    tail = Tail(nonnegative_bias, jnp.dtype(kept))
-    squares = (jnp.asarray(s, jnp.float32) for s in (x_square, w_square))
-    return _ratio(tail, jnp.dtype(dtype), dot, *squares, bias, alpha, epsilon)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ratio(tail, dtype, dot, x_square, w_square, bias, alpha, epsilon):
-    return _forward(tail, dtype, dot, x_square, w_square, bias, alpha, epsilon)[0]
-
-
-def _forward(tail, dtype, dot, x_square, w_square, bias, alpha, epsilon):
-    u, kept = tail.respond(dot, x_square + w_square, bias, epsilon)
-    return (alpha * u).astype(dtype), (kept, x_square, w_square, bias, alpha, epsilon)
-
-
-def _backward(tail, dtype, residuals, g):
-    kept, x_square, w_square, bias, alpha, epsilon = residuals
-    s, g = x_square + w_square, g.astype(jnp.float32)
-    u, t, free = tail.recover(kept, s, bias, epsilon)
-    of_n = 2.0 * g * alpha * t
-    of_q, of_d = -0.5 * of_n * t, -0.5 * of_n * free
-    parts = ((of_d, x_square), (of_d, w_square), (of_n, bias), (g * u, alpha), (of_q, epsilon))
-    return of_n * (1.0 + free), *(sum_to(g, p.shape) for g, p in parts)
-
-
-_ratio.defvjp(_forward, _backward)
 
 
 def _missing(x: Array) -> Array:

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Var
 
 from aether.kernels.conv import yat_conv, yat_conv_transpose
+from aether.kernels.tail import FLOOR
 from aether.kernels.window import conv_window
 from aether.kernels.yat import yat
 from aether.testing import equations
@@ -168,8 +170,8 @@ def test_the_edges_are_finite(rng, dtype):
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("nonnegative_bias", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_backward_keeps_one_number_an_output(dtype, spherical, nonnegative_bias, groups):
-    x, w = jnp.ones((2, 30, 2), dtype), jnp.ones((3, 2 // groups, 40), dtype)
+def test_backward_keeps_its_operands_and_one_number_an_output(dtype, spherical, nonnegative_bias, groups):
+    x, w, b = jnp.ones((2, 30, 2), dtype), jnp.ones((3, 2 // groups, 40), dtype), jnp.ones(40)
 
     def f(x, w, bias):
         options = dict(feature_group_count=groups, nonnegative_bias=nonnegative_bias)
@@ -178,10 +180,73 @@ def test_backward_keeps_one_number_an_output(dtype, spherical, nonnegative_bias,
     def residuals(x, w, bias):
         return jax.tree.leaves(jax.vjp(f, x, w, bias)[1])
 
-    program = jax.make_jaxpr(residuals)(x, w, jnp.ones(40)).jaxpr
-    kept = {v: v.aval for v in program.outvars if v.aval.size >= 2 * 30 * 40}
-    assert [v.size for v in kept.values()] == [2 * 30 * 40]
-    assert next(iter(kept.values())).dtype == (dtype if nonnegative_bias and not spherical else "float32")
+    program = jax.make_jaxpr(residuals)(x, w, b).jaxpr
+    kept = {v: v.aval for v in program.outvars if isinstance(v, Var)}
+    assert all(v in kept for v in program.invars)
+    (number,) = [v for v in kept.values() if v.size == 2 * 30 * 40]
+    assert number.dtype == (dtype if nonnegative_bias else "float32")
+    given = x.nbytes + w.nbytes + b.nbytes
+    rest = sum(v.size * v.dtype.itemsize for v in kept.values()) - given - number.size * number.dtype.itemsize
+    assert 0 <= rest <= 2 * 4  # α and ε
+
+
+@pytest.mark.parametrize("nonnegative_bias", [False, True])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_gradients_beside_padding_and_at_zero_patches_are_those_of_the_formula(rng, spherical, nonnegative_bias):
+    """One image is zero and one has a single pixel, so that most patches have zeros alone."""
+    x, w = rng.normal(size=(3, 4, 4, 2)), rng.normal(size=(3, 3, 2, 3))
+    x[0], x[1, 1:] = 0.0, 0.0
+    x[1, 0, 1:] = 0.0
+    low = 0.0 if nonnegative_bias else -1.5
+    args = [x, w, rng.uniform(low, low + 0.5, 3), rng.uniform(1.0, 2.0, (1,)), np.full((1,), 0.3)]
+    given = [jnp.asarray(a, jnp.float32) for a in args]
+    exact = [np.asarray(a, np.float64) for a in given]
+    options = dict(spherical=spherical)
+
+    def right(x, w, b, a, e):
+        return reference.yat_conv(x, w, bias=b, alpha=a, epsilon=e, **options)
+
+    def ours(x, w, b, a, e):
+        return yat_conv(x, w, bias=b, alpha=a, epsilon=e, nonnegative_bias=nonnegative_bias, **options)
+
+    g = rng.normal(size=(3, 4, 4, 3)).astype(np.float32)
+    grads = jax.jit(lambda args, g: jax.vjp(ours, *args)[1](g), compiler_options=FAST)(given, g)
+    for name, grad, (want, size) in zip(NAMES, grads, reference.gradient(right, exact, g.astype(float)), strict=True):
+        if name == "x" and spherical:  # the direction of a zero patch has no derivative, its neighbours' have
+            assert (np.asarray(grad[0]) == 0).all() and (want[0] == 0).all()
+        assert (np.abs(np.asarray(grad, np.float64) - want) <= 1e-5 * np.maximum(size, size.mean())).all(), name
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("nonnegative_bias", [False, True])
+def test_where_the_distance_is_clamped_it_has_no_gradient(rng, spherical, nonnegative_bias):
+    """p = 1.0003 w, or a direction that near w's, with a tiny ε: Q = floor·S + ε there, and only n = p·w + b varies."""
+    w = rng.normal(size=(5, 3, 1))
+    x = (w[None, ..., 0] + 3e-4 * (rng.normal(size=w.shape[:-1]) if spherical else w[..., 0])).astype(np.float32)
+    w, bias, alpha, epsilon = w.astype(np.float32), 0.25, 1.5, 1e-7
+
+    def f(x, w, b, e):
+        options = dict(padding="VALID", spherical=spherical, nonnegative_bias=nonnegative_bias)
+        return jnp.sum(yat_conv(x, w, bias=b, alpha=alpha, epsilon=e, **options))
+
+    of_x, of_w, of_b, of_e = jax.jit(jax.grad(f, (0, 1, 2, 3)))(x, w, jnp.float32(bias), jnp.float32(epsilon))
+    p, k = x.astype(np.float64).ravel(), w.astype(np.float64).ravel()
+    lengths = np.linalg.norm(p), np.linalg.norm(k)
+    if spherical:
+        p, k = p / lengths[0], k / lengths[1]
+    n, s = p @ k + bias, p @ p + k @ k
+    q = FLOOR * s + epsilon
+    assert np.sum((p - k) ** 2) < 0.5 * FLOOR * s
+    of_n = 2 * alpha * n / q
+    if spherical:
+        want_x, want_w = (of_n * (k - p @ k * p) / lengths[0], of_n * (p - p @ k * k) / lengths[1])
+    else:
+        want_x, want_w = of_n * k, of_n * p
+    slack = 3e-6 * of_n * max(lengths) ** (-1 if spherical else 1)  # of terms that cancel, along the vectors
+    np.testing.assert_allclose(np.ravel(of_x), want_x, rtol=1e-5, atol=slack)
+    np.testing.assert_allclose(np.ravel(of_w), want_w, rtol=1e-5, atol=slack)
+    np.testing.assert_allclose(of_b, of_n, rtol=1e-5)
+    np.testing.assert_allclose(of_e, -alpha * (n / q) ** 2, rtol=1e-5)
 
 
 def test_the_exact_distance_needs_little_memory():
