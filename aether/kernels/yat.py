@@ -122,8 +122,13 @@ def yat(
     if w.ndim == 2:
         dot = checkpoint_name(dot, "product")  # which a remat policy may keep
     squares = (2.0, 0.0) if spherical else (_squares(x, -1)[..., :, None], _squares(w, axis)[..., None, :])
-    floor = max(_FLOOR, float(jnp.finfo(x.dtype).eps) / 20) if spherical else _FLOOR  # unit vectors have been rounded
+    floor = floor_of(x.dtype, spherical)
     return ratio(dot, *squares, *parts, nonnegative_bias=nonnegative_bias, floor=floor, kept=x.dtype, dtype=dtype)
+
+
+def floor_of(dtype: jnp.dtype, spherical: bool) -> float:
+    """Return the least distance that an expansion resolves, in parts of S = ‖x‖² + ‖w‖², for vectors of this dtype."""
+    return max(_FLOOR, float(jnp.finfo(dtype).eps) / 20) if spherical else _FLOOR  # unit vectors have been rounded
 
 
 def ill_conditioned(x: Array, w: Array, epsilon: Array | float, threshold: float = 1e3) -> Array:
