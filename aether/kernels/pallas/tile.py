@@ -1,10 +1,18 @@
-"""The arithmetic of one tile of flash attention, on plain arrays: scores, and the gradient of what is upstream of them.
+"""The arithmetic of one tile of flash attention, on plain arrays, in as few vector operations as it takes.
 
-Everything is elementwise, so that a kernel may hold the scores of a tile as (query, key) or as (key, query); statistics
-of queries and keys broadcast to them. With n = q·k + b, Q = max(S − 2 q·k, floor·S) + ε and t = n/Q the score is α n t /
-√d, and ds/dn = 2 α t / √d, ds/dQ = −α t² / √d.
+Vector units, not matrix units, bound ⵟ-attention, so factors are moved to where a number is one a head or one a vector.
+Queries come doubled (exact in any floating dtype), so that a tile begins with m = 2 q·k:
+
+    N = m + 2b = 2n    Q = max(S + ε − m, floor·S + ε)    T = N/Q = 2t    u = N T = 4 n²/Q    score = u · α / (4 √d)
+
+and for a gradient g of the score: z = g T, w = z T, ds/dn = z α/√d, ds/dQ = −w α/(4 √d), and by q·k together z + w/2 (in
+α/√d) where the distance is not clamped. Weights of softmax are powers of two, of scores and levels times log₂ e.
+
+Everything is elementwise: tiles may be (query, key) or (key, query), what belongs to one side broadcasts.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +22,7 @@ from aether.kernels.scores import Score, YatScore
 from aether.kernels.yat import floor_of
 
 LOW = -1e30  # stands for the maximum of no score
+LOG2E = math.log2(math.e)
 
 
 class Form(NamedTuple):
@@ -29,31 +38,35 @@ class Form(NamedTuple):
         """Say whether the scores need ‖q‖² and ‖k‖²."""
         return self.yat and not self.spherical
 
+    @property
+    def unit(self) -> float:
+        """Return what scores and levels are multiplied by within a kernel."""
+        return LOG2E if self.softmax else 1.0
 
-class Parameters(NamedTuple):
-    """Numbers of one head: b, α/√d and ε; a dot product has only its factor."""
+
+class Head(NamedTuple):
+    """Numbers of one head: 2b, ε, and the factor that makes scores of u, or of m for a dot product, times `unit`."""
 
     bias: Any
-    factor: Any
     epsilon: Any
+    factor: Any
 
 
-class Compared(NamedTuple):
-    """Scores and what their gradient needs."""
+class Pairs(NamedTuple):
+    """u (m for a dot product), T, and where the distance is not clamped."""
 
-    score: Array
-    n: Array | None = None
+    u: Array
     t: Array | None = None
     free: Array | None = None
 
 
 class Slopes(NamedTuple):
-    """dL by q·k, by ‖q‖² and ‖k‖² alike, by b, by α/√d and by ε, an entry a pair."""
+    """Gradients in units of α/√d: by q·k; by b, by ‖q‖² and ‖k‖² (times −4), by α (times 4 α), by ε (times −4)."""
 
     dot: Array
-    square: Array | None = None
     bias: Array | None = None
-    factor: Array | None = None
+    square: Array | None = None
+    alpha: Array | None = None
     epsilon: Array | None = None
 
 
@@ -64,23 +77,34 @@ def form_of(score: Score, softmax: bool, dtype: Any) -> Form:
     return Form(True, score.spherical, floor_of(dtype, score.spherical), softmax)
 
 
-def compare(form: Form, dot: Array, square: Array | float, p: Parameters) -> Compared:
-    """Return the scores of pairs with these q·k and ‖q‖² + ‖k‖²."""
+def compare(form: Form, m: Array, squares: tuple[Any, Any], head: Head, inverse: Callable[[Array], Array]) -> Pairs:
+    """Return what the scores are made of, for m = 2 q·k and the squared norms of both sides.
+
+    Args:
+      form: of the score.
+      m: 2 q·k of the pairs.
+      squares: ‖q‖² and ‖k‖², broadcastable to `m`; 1 and 1 of unit vectors.
+      head: see there.
+      inverse: 1/x for normal numbers.
+    """
     if not form.yat:
-        return Compared(dot * p.factor)
-    n, least, distance = dot + p.bias, form.floor * square, square - 2.0 * dot
-    t = n / (jnp.maximum(distance, least) + p.epsilon)
-    return Compared(p.factor * (n * t), n, t, distance > least)
+        return Pairs(m)
+    one, other = squares
+    free = (one + head.epsilon) + other - m
+    least = (form.floor * one + head.epsilon) + form.floor * other
+    n = m + head.bias
+    t = n * inverse(jnp.maximum(free, least))
+    return Pairs(n * t, t, free > least)
 
 
-def pull(form: Form, g: Array, c: Compared, p: Parameters) -> Slopes:
+def pull(form: Form, g: Array, pairs: Pairs) -> Slopes:
     """Return the gradients of what made the scores, for a gradient `g` of the scores."""
-    if c.n is None or c.t is None:
-        return Slopes(g * p.factor)
-    of_half_n = g * p.factor * c.t
-    of_n, of_q = 2.0 * of_half_n, -of_half_n * c.t
-    of_square = jnp.where(c.free, of_q, 0.0)
-    return Slopes(of_n - 2.0 * of_square, of_square, of_n, g * c.n * c.t, of_q)
+    if pairs.t is None or pairs.free is None:
+        return Slopes(g)
+    z = g * pairs.t
+    w = z * pairs.t
+    square = jnp.where(pairs.free, w, 0.0)
+    return Slopes(z + 0.5 * square, z, square, g * pairs.u, w)
 
 
 def hide(form: Form, score: Array, seen: Array | None) -> Array:
@@ -90,10 +114,10 @@ def hide(form: Form, score: Array, seen: Array | None) -> Array:
     return jnp.maximum(score if seen is None else jnp.where(seen, score, 0.0), 0.0)
 
 
-def weigh(form: Form, score: Array, level: Array) -> tuple[Array, Array]:
-    """Return the weights at the final level, and d weight / d score there."""
+def weigh(form: Form, score: Array, level: Array, inverse: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Return the weights at the final level (times `unit`), and d weight / d score there."""
     if form.softmax:
-        w = jnp.exp(score - level)
+        w = jnp.exp2(score - level)
         return w, w
-    inverse = 1.0 / level
-    return score * inverse, jnp.where(score > 0, inverse, 0.0)
+    scale = inverse(level)
+    return score * scale, jnp.where(score > 0, scale, 0.0)

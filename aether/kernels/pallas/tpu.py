@@ -31,7 +31,9 @@ from aether.kernels.pallas.work import work
 from aether.kernels.scores import DotScore, Score, YatScore
 
 WIDEST = 256
+_FACTOR, _CONSTANT = 0, 1  # rows of the numbers a head
 _FAR = 1e30  # level of queries that fill up a block: their weights are 0
+_inverse = partial(pl.reciprocal, full_range=False)  # without the operations that only 0, ∞ and denormals need
 
 
 def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization) -> str:
@@ -164,7 +166,7 @@ def backward(
     rows, more = p.blocks.rows, p.row_blocks * p.blocks.rows - t
     o.arrays.update(
         g=_pad(g.astype(v.dtype), -2, more),
-        level=_pad(level.swapaxes(-1, -2), -1, more, _FAR),
+        level=_pad(level.swapaxes(-1, -2) * p.form.unit, -1, more, _FAR),
         centre=_pad(centre[..., None, :], -1, more),
     )
     steps = p.steps(p.held)
@@ -202,13 +204,14 @@ def backward(
         interpret=interpret,
     )
     dq = jnp.sum(dq, 0)[..., :t].swapaxes(-1, -2)
+    factor = o.parameters[_FACTOR].reshape(heads, r, 1, 1)
     if sums:
         total = jnp.sum(sums[0], 0)[..., :t]
         if p.form.squares:
-            dq += 2.0 * total[..., 0, :, None] * q.astype(jnp.float32)
-        score = _of_numbers(score, jnp.sum(total, (0, -1)), q.shape[-1])
+            dq -= 0.5 * total[..., 1, :, None] * q.astype(jnp.float32)
+        score = _of_numbers(score, jnp.sum(total, (0, -1)), factor, q.shape[-1])
     s = k.shape[-2]
-    return dq.astype(q.dtype), dk[:, :, :s].astype(k.dtype), dv[:, :, :s].astype(v.dtype), score
+    return (dq * factor).astype(q.dtype), dk[:, :, :s].astype(k.dtype), dv[:, :, :s].astype(v.dtype), score
 
 
 def _operands(
@@ -239,11 +242,10 @@ def _operands(
         zeros = jnp.zeros((q.shape[0], s), jnp.int32)
         told = [zeros if a is None else a.astype(jnp.int32) for a in rows] + [zeros] * 6
         arrays["marks"] = _pad(jnp.stack(told, 1), -1, over)
+    alpha = score.alpha if isinstance(score, YatScore) else 1.0
+    numbers = [alpha / math.sqrt(width), normalization.constant]
     if isinstance(score, YatScore):
-        numbers = [score.bias, score.alpha / math.sqrt(width), score.epsilon]
-    else:
-        numbers = [0.0, 1.0 / math.sqrt(width), 1.0]
-    numbers.append(normalization.constant)
+        numbers += [score.bias, score.epsilon]
     parameters = jnp.stack([jnp.broadcast_to(jnp.asarray(n, jnp.float32).reshape(-1), (heads,)) for n in numbers])
     return Operands(plan, jnp.asarray(mask.offset, jnp.int32).reshape(1), parameters, arrays)
 
@@ -254,10 +256,11 @@ def _pad(x: Array, axis: int, n: int, value: float = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value) if n else x
 
 
-def _of_numbers(score: Any, sums: Array, width: int) -> Any:
-    """Return the gradients of b, α and ε, for sums (g, r, 4) over the queries, in the shapes of the numbers."""
-    flat = sums.reshape(-1, sums.shape[-1])
-    named = {"bias": flat[:, 1], "alpha": flat[:, 2] / math.sqrt(width), "epsilon": flat[:, 3]}
+def _of_numbers(score: Any, sums: Array, factor: Array, width: int) -> Any:
+    """Return the gradients of b, α and ε, for sums (g, r, 4) of `tile.Slopes`, in the shapes of the numbers."""
+    bias, _, alpha, epsilon = sums.reshape(-1, 4).T
+    factor = factor.reshape(-1)
+    named = {"bias": factor * bias, "alpha": alpha / (4.0 * math.sqrt(width)), "epsilon": -0.25 * factor * epsilon}
     shapes = {name: jnp.shape(getattr(score, name)) for name in named}
     return replace(
         score,
@@ -343,30 +346,28 @@ def _call(
     return run(o.offset, o.parameters, *o.arrays.values())
 
 
-def _numbers(refs: dict[str, Any], head: Any) -> tuple[tile.Parameters, Any]:
-    bias, factor, epsilon, constant = (refs["parameters"][n, head] for n in range(4))
-    return tile.Parameters(bias, factor, epsilon), constant
-
-
-def _compare(p: Plan, refs: dict[str, Any], numbers: tile.Parameters, i: Any, j: Any) -> tile.Compared:
-    """Return the scores (key, query) of query block i and key block j; those that are not seen are hidden."""
-    k, square = refs["k"][...], 2.0
+def _compare(p: Plan, refs: dict[str, Any], head: Any, i: Any, j: Any) -> tuple[tile.Pairs, Array]:
+    """Return pairs (key, query) of query block i and key block j, and their scores; hidden ones are -∞ or 0."""
+    k, numbers = refs["k"][...], refs["parameters"]
+    factor = numbers[_FACTOR, head] * (p.form.unit / (4.0 if p.form.yat else 2.0))
+    q, squares, told = refs["q"][...], (1.0, 1.0), tile.Head(0.0, 0.0, factor)
+    if p.form.yat:
+        told = tile.Head(2.0 * numbers[2, head], numbers[3, head], factor)
     if p.form.squares:
-        square = jnp.sum(jnp.square(k.astype(jnp.float32)), -1, keepdims=True) + refs["square"][...]
-    compared = tile.compare(p.form, _product(k, refs["q"][...], 1, 1), square, numbers)
-    return compared._replace(score=tile.hide(p.form, compared.score, _seen(p, refs, i, j)))
+        squares = (refs["square"][...], jnp.sum(jnp.square(k.astype(jnp.float32)), -1, keepdims=True))
+    pairs = tile.compare(p.form, _product(k, q + q, 1, 1), squares, told, _inverse)
+    return pairs, tile.hide(p.form, pairs.u * factor, _seen(p, refs, i, j))
 
 
 def _seen(p: Plan, refs: dict[str, Any], i: Any, j: Any) -> Array | None:
     rows, columns = p.blocks.rows, p.blocks.columns
     seen = []
-    column = jax.lax.broadcasted_iota(jnp.int32, (columns, rows), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (columns, 1), 0)
     if p.causal or p.window is not None:
-        behind = jax.lax.broadcasted_iota(jnp.int32, (columns, rows), 1) - column
-        least = j * columns - i * rows - refs["offset"][0]
-        seen.append(behind >= least)
+        row = jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1) + (i * rows + refs["offset"][0] - j * columns)
+        seen.append(column <= row)
         if p.window is not None:
-            seen.append(behind < least + p.window)
+            seen.append(column > row - p.window)
     if p.segments or p.valid:
         marks = refs["marks"][...].T
         if p.segments:
@@ -388,7 +389,7 @@ def _product(x: Array, w: Array, of_x: int, of_w: int) -> Array:
 
 def _forward_kernel(p: Plan, refs: dict[str, Any]) -> None:
     i, step = pl.program_id(3), pl.program_id(4)
-    numbers, constant = _numbers(refs, pl.program_id(1) * pl.num_programs(2) + pl.program_id(2))
+    head = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)
     first, last = p.span(i, refs["offset"][0])
     mean, top, total = refs["mean"], refs["top"], refs["total"]
 
@@ -396,15 +397,16 @@ def _forward_kernel(p: Plan, refs: dict[str, Any]) -> None:
     def _start() -> None:
         mean[...] = jnp.zeros(mean.shape, jnp.float32)
         top[...] = jnp.full(top.shape, tile.LOW, jnp.float32)
-        total[...] = jnp.full(total.shape, 0.0 if p.form.softmax else constant, jnp.float32)
+        none = 0.0 if p.form.softmax else refs["parameters"][_CONSTANT, head]
+        total[...] = jnp.full(total.shape, none, jnp.float32)
 
     @pl.when(first + step < last)
     def _add() -> None:
-        weights = _compare(p, refs, numbers, i, first + step).score
+        _, weights = _compare(p, refs, head, i, first + step)
         if p.form.softmax:
             old = top[...]
             higher = jnp.maximum(old, jnp.max(weights, 0, keepdims=True))
-            weights, shrink = jnp.exp(weights - higher), jnp.exp(old - higher)
+            weights, shrink = jnp.exp2(weights - higher), jnp.exp2(old - higher)
             top[...] = higher
             total[...] *= shrink
             mean[...] *= shrink
@@ -418,7 +420,7 @@ def _forward_kernel(p: Plan, refs: dict[str, Any]) -> None:
         if p.form.softmax:
             some = whole > 0
             whole = jnp.where(some, whole, 1.0)
-            refs["level"][...] = jnp.where(some, top[...] + jnp.log(whole), 0.0)
+            refs["level"][...] = jnp.where(some, top[...] / tile.LOG2E + jnp.log(whole), 0.0)
         else:
             refs["level"][...] = whole
         refs["y"][...] = (mean[...] / whole).astype(refs["y"].dtype)
@@ -426,7 +428,7 @@ def _forward_kernel(p: Plan, refs: dict[str, Any]) -> None:
 
 def _backward_kernel(p: Plan, refs: dict[str, Any]) -> None:
     c, r, i, step = (pl.program_id(n) for n in range(2, 6))
-    numbers, _ = _numbers(refs, pl.program_id(1) * pl.num_programs(3) + r)
+    head = pl.program_id(1) * pl.num_programs(3) + r
     first, last = _part(p, c, *p.span(i, refs["offset"][0]))
     columns = p.blocks.columns
 
@@ -447,15 +449,15 @@ def _backward_kernel(p: Plan, refs: dict[str, Any]) -> None:
     def _add() -> None:
         j = first + step
         q, k, v, g = (refs[name][...] for name in ("q", "k", "v", "g"))
-        compared = _compare(p, refs, numbers, i, j)
-        weights, slope = tile.weigh(p.form, compared.score, refs["level"][...])
-        slopes = tile.pull(p.form, slope * (_product(v, g, 1, 1) - refs["centre"][...]), compared, numbers)
+        pairs, score = _compare(p, refs, head, i, j)
+        weights, slope = tile.weigh(p.form, score, refs["level"][...], _inverse)
+        slopes = tile.pull(p.form, slope * (_product(v, g, 1, 1) - refs["centre"][...]), pairs)
         of_dot = slopes.dot.astype(k.dtype)
         of_k = _product(of_dot, q, 1, 0)
         if p.form.squares:
-            of_k += 2.0 * jnp.sum(slopes.square, 1, keepdims=True) * k.astype(jnp.float32)
+            of_k -= 0.5 * jnp.sum(slopes.square, 1, keepdims=True) * k.astype(jnp.float32)
         at = pl.ds(pl.multiple_of((j - c * p.held) * columns, columns), columns)
-        refs["dk"][at, :] += of_k
+        refs["dk"][at, :] += of_k * refs["parameters"][_FACTOR, head]
         refs["dv"][at, :] += _product(weights.astype(v.dtype), g, 1, 0)
         refs["dq"][...] += _product(k, of_dot, 0, 0)
         if p.form.yat:
