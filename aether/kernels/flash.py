@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
@@ -22,6 +23,10 @@ def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normaliz
     platform, kind = device()
     if platform not in KERNELS:
         return f"There is no flash kernel for {platform} ({kind}), only for {', '.join(KERNELS)}."
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if left := [f"{a}={mesh.shape[a]}" for a, kind in types if kind != AxisType.Manual and mesh.shape[a] > 1]:
+        return f"The compiler cannot split a kernel over mesh axes that do not divide the operands, {', '.join(left)}."
     missing = KERNELS[platform].unsupported(q, k, v, score, mask, normalization)
     return f"The flash kernel for {platform} does not take {missing}." if missing else ""
 

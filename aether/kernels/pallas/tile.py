@@ -5,8 +5,8 @@ Queries come doubled (exact in any floating dtype), so that a tile begins with m
 
     N = m + 2b = 2n    Q = max(S + ε − m, floor·S + ε)    T = N/Q = 2t    u = N T = 4 n²/Q    score = u · α / (4 √d)
 
-and for a gradient g of the score: z = g T, w = z T, ds/dn = z α/√d, ds/dQ = −w α/(4 √d), and by q·k together z + w/2 (in
-α/√d) where the distance is not clamped. Weights of softmax are powers of two, of scores and levels times log₂ e.
+and for a gradient g of the score: z = g T, w = z T, g ds/dn = z α/√d, g ds/dQ = −w α/(4 √d), and by q·k in all z + w/2,
+in α/√d, where the distance is not clamped. Weights of softmax are powers of two, of scores and levels times log₂ e.
 
 Everything is elementwise: tiles may be (query, key) or (key, query), what belongs to one side broadcasts.
 """
