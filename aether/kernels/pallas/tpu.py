@@ -115,7 +115,7 @@ def forward(
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Return y (b, g, r, t, width of v) and the final level (b, g, r, t, 1), as the blockwise form does."""
-    o = _operands(q, k, v, score, mask, normalization, blocks)
+    o = _operands(q, k, v, score, mask, normalization, blocks or _blocks(q, k, v, mask, False))
     (b, g, r, t, _), width, p = q.shape, v.shape[-1], o.plan
     rows = p.blocks.rows
     grid = (b, g, r, p.row_blocks, p.steps(p.column_blocks))
@@ -160,7 +160,7 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Score]:
     """Return the gradients of q, k, v and of the score's numbers, for the gradient `g` of y."""
-    o = _operands(q, k, v, score, mask, normalization, blocks)
+    o = _operands(q, k, v, score, mask, normalization, blocks or _blocks(q, k, v, mask, True))
     centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1)
     p, (b, heads, r, t, _) = o.plan, q.shape
     rows, more = p.blocks.rows, p.row_blocks * p.blocks.rows - t
@@ -214,11 +214,15 @@ def backward(
     return (dq * factor).astype(q.dtype), dk[:, :, :s].astype(k.dtype), dv[:, :, :s].astype(v.dtype), score
 
 
+def _blocks(q: Array, k: Array, v: Array, mask: Mask, backward: bool) -> Blocks:
+    sizes = q.shape[-2], k.shape[-2], max(k.shape[-1], v.shape[-1]), q.dtype.itemsize
+    return blocks_of(device().kind, *sizes, window=mask.window, backward=backward)
+
+
 def _operands(
-    q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization, blocks: Blocks | None
+    q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization, blocks: Blocks
 ) -> Operands:
     (t, width), s, heads = q.shape[-2:], k.shape[-2], q.shape[1] * q.shape[2]
-    blocks = blocks or blocks_of(device().kind, t, s, max(width, v.shape[-1]), q.dtype.itemsize)
     plan = Plan(
         tile.form_of(score, normalization.name == "softmax", q.dtype),
         blocks,
