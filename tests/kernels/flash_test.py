@@ -1,4 +1,4 @@
-"""Flash attention's choice of a kernel, what it says where there is none, meshes, and the TPU compiler without a TPU."""
+"""Which kernel flash attention takes, what it says where there is none, meshes, and the compilers of TPUs."""
 
 import os
 from functools import partial
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from aether.chips import topology
@@ -23,7 +23,7 @@ from aether.kernels.pallas.blocks import Blocks
 from aether.kernels.pallas.device import device
 from aether.losses import LOSSES
 from aether.nn import YatAttention
-from aether.parallel import make_mesh, placed
+from aether.parallel import make_mesh
 from aether.plan import machine
 from aether.testing import tiny_config
 from aether.train.setup import compile_step, describe_state
@@ -117,7 +117,8 @@ def test_on_a_mesh_each_device_attends_for_its_own_part(interpreted, sizes):
 
     want = run(make_mesh(MeshConfig(), jax.devices()[:1]), "plain")
     found = run(make_mesh(MeshConfig(**sizes)), "flash")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), found, want)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()))
 
 
 def test_an_axis_that_does_not_divide_is_left_to_the_compiler_and_takes_another_form(interpreted):

@@ -17,7 +17,7 @@ def device() -> Device:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
         return Device(mesh.abstract_device.platform, mesh.abstract_device.device_kind)
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(default, str):
         default = jax.devices(default)[0]
     default = default or jax.devices()[0]

@@ -45,11 +45,10 @@ class Form(NamedTuple):
 
 
 class Head(NamedTuple):
-    """Numbers of one head: 2b, ε, and the factor that makes scores of u, or of m for a dot product, times `unit`."""
+    """Numbers of one head: 2b and ε."""
 
     bias: Any
     epsilon: Any
-    factor: Any
 
 
 class Pairs(NamedTuple):

@@ -199,8 +199,8 @@ def test_bfloat16_is_as_near_as_the_plain_form_is(case):
         assert np.linalg.norm(c - a) <= 2 * np.linalg.norm(b - a) + 1e-3 * np.linalg.norm(a), name
 
 
-def test_the_level_is_the_blockwise_form_s():
-    """Softmax: log Σ eˢ, and 0 where nothing is seen; L1: ε₁ + Σ s."""
+def test_the_final_level():
+    """Softmax: log₂ Σ eˢ, and 0 where nothing is seen; L1: ε₁ + Σ s."""
     for case in ("packed", "l1"):
         q, k, v, bias, alpha, epsilon, constant = args = make(case)
         mask = mask_of(case)
@@ -219,7 +219,7 @@ def test_the_level_is_the_blockwise_form_s():
             right = np.sum(np.where(keep, s, 0), -1) + np.asarray(constant)[:, None]
         else:
             total = np.sum(np.where(keep, np.exp(s), 0), -1)
-            right = np.where(total > 0, np.log(np.where(total > 0, total, 1)), 0)
+            right = np.where(total > 0, np.log2(np.where(total > 0, total, 1)), 0)
             assert (right[:, :, 7] == 0).all() and (np.asarray(y)[..., 7, :] == 0).all()
         np.testing.assert_allclose(level[..., 0].reshape(B, H, 50), right, rtol=1e-5, atol=1e-5)
 
@@ -284,3 +284,25 @@ def test_what_it_does_not_do_is_named():
     ]
     for args, said in cases:
         assert tpu.unsupported(*args).startswith(said) and (said or not tpu.unsupported(*args))
+
+
+def test_extreme_scores_stay_finite():
+    """Scores of 1e9, where some weights vanish, and of 1e-12: outputs and gradients are finite, and outputs right."""
+    case = "causal"
+    q, k, v, *_ = make(case)
+    scales = np.array([1e5, 1e-6], np.float32)[:, None, None, None]
+    q, k, numbers = q * scales[..., None], k * scales, (jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-6))
+
+    @partial(jax.jit, compiler_options=FAST)
+    def run_all(q, k, v):
+        def one(attend, n):
+            attend = partial(attend, score=YatScore(*numbers), mask=Mask(), normalization=n.by_head(G, R))
+            y, back = jax.vjp(attend, q, k, v)
+            return y, back(y)
+
+        return [[one(attend, n) for n in (SOFTMAX, Normalization("l1"))] for attend in (interpreted(case), plain)]
+
+    for (y, grads), (right, wanted) in zip(*run_all(q, k, v), strict=True):
+        assert all(np.isfinite(a).all() for a in (y, *grads, right))
+        np.testing.assert_allclose(y, right, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(grads[2], wanted[2], rtol=1e-3, atol=1e-5)
