@@ -25,6 +25,10 @@ from aether.losses import LOSSES
 from aether.nn import YatAttention
 from aether.parallel import make_mesh
 from aether.plan import machine
+from aether.plan.collectives import collectives
+from aether.plan.counts import count
+from aether.plan.measure import layout_of
+from aether.plan.read import parse
 from aether.testing import tiny_config
 from aether.train.setup import compile_step, describe_state
 
@@ -173,13 +177,25 @@ def test_the_compilers_of_tpus_take_it(chips, chip, t, width, dtype, options):
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
-def test_a_training_step_on_four_chips_runs_the_kernel(chips):
-    """Rows over fsdp, heads over tensor: the kernels see a quarter each, and gradients of b, α and ε cross once."""
-    sizes = dict(data=1, fsdp=2, tensor=2)
-    model = dict(heads=4, width=32, attention_impl="flash", dtype="bfloat16")
-    config = tiny_config(mesh=sizes, model=model, data=dict(context=128, batch_size=4))
+@pytest.mark.parametrize(("impl", "context"), [("flash", 128), ("blockwise", 512)])
+def test_a_training_step_on_four_chips(chips, impl, context):
+    """Rows over fsdp, heads over tensor: kernels see a quarter, and gradients of b, α and ε cross once a layer."""
+    config = tiny_config(
+        mesh=dict(data=1, fsdp=2, tensor=2),
+        model=dict(heads=4, width=32, attention_impl=impl, dtype="bfloat16"),
+        data=dict(context=context, batch_size=4),
+        train=dict(loss_chunk=1024),
+    )
+    layers = config.model.layers
     mesh = make_mesh(config.mesh, chips("v5e:2x2"))
     graph, _, like = describe_state(config, mesh)
     text = compile_step(config, graph, LOSSES["lm"], like, mesh).as_text()
+    module = parse(text)
+    found = collectives(module, layout_of(mesh, topology("v5e:2x2")))
+    sums = [c for c in found if c.kind == "all-reduce" and "losses" not in c.source]
+    assert max(c.count for c in sums) == layers
+    assert any(c.axes == ("fsdp",) and c.dtype == "f32" and c.count == layers for c in sums)
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    assert len(calls) >= 2 and all("[2,2,1,128,8]" in line for line in calls)
+    counts = count(module)
+    assert not counts.uncounted and sum(counts.stated.values()) == (2 * layers if impl == "flash" else 0)
+    assert len(calls) == (2 if impl == "flash" else 0) and all("[2,2,1,128,8]" in line for line in calls)
