@@ -39,7 +39,7 @@ CASES = dict(
     all=((17, 40), (32, 32), block_of(8, 16, 48), dict(), SOFTMAX, "yat"),
     causal=((50, 50), (8, 16), block_of(16, 8, 56), dict(causal=True), SOFTMAX, "yat"),
     l1=((50, 50), (16, 16), block_of(8, 16, 32), dict(causal=True), L1, "yat"),
-    window=((60, 60), (16, 16), block_of(16, 8, 24), dict(window=9), L1, "spherical"),
+    window=((60, 60), (16, 16), block_of(16, 8, 24), dict(window=10), L1, "spherical"),
     narrow=((40, 40), (16, 16), block_of(8, 16), dict(window=2), SOFTMAX, "yat"),
     cache=((33, 75), (16, 24), block_of(32, 16, 64), dict(causal=True, offset=42), SOFTMAX, "spherical"),
     late=((20, 64), (16, 16), block_of(8, 8, 16), dict(window=12, offset=30), SOFTMAX, "yat"),
@@ -245,10 +245,11 @@ def test_shared_numbers_and_equal_vectors():
     """b, α and ε that are one for all heads sum over them; a key equal to its query has a clamped distance."""
     case = "causal"
     q, k, v, *_ = make(case)
+    q, k = (jnp.asarray(ref.unit(a), jnp.float32) for a in (q, k))
     k = k.at[:, :, 5].set(q[:, :, 0, 9])
 
     def loss(attend, q, k, v, *numbers):
-        score = YatScore(*numbers)
+        score = YatScore(*numbers, spherical=True)
         y = attend(q, k, v, score, Mask(causal=True), CASES[case][4].by_head(G, R))
         return jnp.sum(jnp.sin(3 * y))
 
@@ -260,6 +261,23 @@ def test_shared_numbers_and_equal_vectors():
     for mine, wanted in zip(found, right, strict=True):
         assert mine.shape == wanted.shape and np.linalg.norm(wanted) > 1e-3
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_negative_scores_count_for_nothing_in_l1():
+    case = "l1"
+    q, k, v, bias, alpha, *rest = make(case)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def both(alpha, mask):
+        y, back = jax.vjp(lambda *a: run(interpreted(case), case, *a, mask), q, k, v, bias, alpha, *rest)
+        return y, back(jnp.sin(3 * y) + 1)
+
+    y, grads = both(alpha, mask_of(case))
+    below, of_below = both(alpha.at[1].set(-1.0), mask_of(case))
+    assert (np.asarray(below)[:, 0, 1] == 0).all() and (np.asarray(of_below[0])[:, 0, 1] == 0).all()
+    assert all(float(g[1]) == 0 for g in of_below[3:6]) and all(np.isfinite(g).all() for g in of_below)
+    np.testing.assert_array_equal(below[:, 1], y[:, 1])
+    np.testing.assert_array_equal(of_below[1][:, 1], grads[1][:, 1])
 
 
 def test_the_offset_may_be_traced():
