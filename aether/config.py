@@ -129,7 +129,10 @@ class ModelConfig(Section, prefix="model"):
     head: str = knob(AUTO, "output matrix: the embedding's or its own", choices=(AUTO, "tied", "untied"), auto=True)
     linear_bias: str = knob(AUTO, "biases in linear maps", choices=(AUTO, "yes", "no"), auto=True)
     attention_impl: str = knob(
-        "plain", "whole score matrices, or blocks of them in linear memory", choices=("plain", "blockwise"), free=True
+        "plain",
+        "whole score matrices, blocks of them in linear memory, or a kernel of the platform (auto: the best there is)",
+        choices=(AUTO, "plain", "blockwise", "flash"),
+        free=True,
     )
     rope_theta: float = knob(10000.0, "base of the rotary wavelengths", low=1.0)
     spherical: bool = knob(True, "ⵟ on unit vectors x/|x|, w/|w|")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -271,25 +272,58 @@ def split_axes(*axes: str) -> tuple[str, ...]:
     return () if mesh.empty else tuple(a for a in axes if mesh.shape[a] > 1)
 
 
-def along_sequence(
+def attend_over_mesh(
     attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, how: Any
 ) -> jax.Array:
-    """Return attend(q, k, v, mask, how), with the queries split over `sequence` and the keys gathered.
+    """Return attend(q, k, v, mask, how), each device attending for its own rows, queries and heads.
 
-    Each device has its block of the queries (b, t, h, k) and all keys and values (b, s, g, k), whose gradients are
-    summed and scattered on the way back. `how` is a tree of whatever else has a gradient.
+    A device has its block of the queries (b, t, h, k), and of the keys and values (b, s, g, k) its rows and heads,
+    gathered over `sequence`; their gradients are summed and scattered on the way back. `how` is a tree of whatever else
+    has a gradient, numbers or one a head, (h,), whose gradients are added up once. An axis of the mesh that does not
+    divide what it would split is left to the compiler.
     """
-    if not split_axes("sequence") or q.shape[1] % jax.sharding.get_abstract_mesh().shape["sequence"]:
+    mesh = jax.sharding.get_abstract_mesh()
+    (b, t, h), (s, g) = q.shape[:3], k.shape[1:3]
+    over = {
+        axis: axis
+        for axis, sizes in (("sequence", (t,)), ("tensor", (g,)))
+        if split_axes(axis) and not any(size % mesh.shape[axis] for size in sizes)
+    }
+    sequence, tensor = over.get("sequence"), over.get("tensor")
+    rows: tuple[str, ...] = ()
+    for axis in split_axes(*ROWS):
+        if b % math.prod(mesh.shape[a] for a in (*rows, axis)) == 0:
+            rows = (*rows, axis)
+    if not (rows or over):
         return attend(q, k, v, mask, how)
+    gather = sequence is not None and s % mesh.shape["sequence"] == 0
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, how: Any) -> jax.Array:
-        k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
-        start = jax.lax.axis_index("sequence") * q.shape[1]
-        return attend(q, k, v, mask.of_queries(start, q.shape[1]), how)
+        if gather:
+            k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
+        if sequence:
+            mask = mask.of_queries(jax.lax.axis_index("sequence") * q.shape[1], q.shape[1])
+        return attend(q, k, v, mask, how)
 
-    block, whole = P(None, "sequence"), P()
+    def of_mask(path: tuple, x: Any) -> P:
+        if jax.tree_util.keystr(path) != ".dense":
+            return P(rows or None) if jnp.ndim(x) else P()
+        shape = (1,) * (4 - x.ndim) + x.shape
+        spec = (rows or None if shape[0] == b else None, tensor if shape[1] == h else None, None, None)
+        return P(*spec[4 - x.ndim :])
+
+    block = P(rows or None, sequence, tensor)
+    keys = P(rows or None, sequence if gather else None, tensor)
+    specs = (
+        jax.tree_util.tree_map_with_path(of_mask, mask),
+        jax.tree.map(lambda x: P(tensor) if jnp.shape(x) == (h,) else P(), how),
+    )
     return jax.shard_map(
-        local, in_specs=(block, block, block, whole, whole), out_specs=block, axis_names={"sequence"}, check_vma=False
+        local,
+        in_specs=(block, keys, keys, *specs),
+        out_specs=block,
+        axis_names={*rows, *over, *(a for a in AXES if mesh.shape[a] == 1)},
+        check_vma=False,
     )(q, k, v, mask, how)
 
 

@@ -7,8 +7,9 @@ Command:  python -m launch.train --config=configs/aether_124m.py --config.data.p
               --config.data.tokenizer=gpt2:FOLDER
 Baseline: the same with --config.model.kind=gpt2 --workdir=runs/gpt2_124m
 Data:     any large text in English, such as OpenWebText. FOLDER holds GPT-2's encoder.json and vocab.bpe.
-Memory:   --config.train.accumulate=8 splits the batch into parts that a single device can hold. Attention goes
-          block by block, which holds no score matrices (`python -m tools.attention` measures it, on a CPU so far).
+Memory:   --config.train.accumulate=8 splits the batch into parts that a single device can hold. Attention holds no score
+          matrices: a kernel of the platform where there is one, else block by block (`python -m tools.attention`
+          measures the latter, on a CPU so far).
 Time:     not measured yet.
 Result:   not measured yet; see LOG.md.
 """
@@ -23,7 +24,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.model.size = "124m"
     config.model.dtype = "bfloat16"
-    config.model.attention_impl = "blockwise"
+    config.model.attention_impl = "auto"
     config.data.path = ""
     config.data.tokenizer = "gpt2:"
     config.data.context = 1024

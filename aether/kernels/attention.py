@@ -4,95 +4,21 @@ Axes: b batch, t query, s key, h heads, g key/value heads, r = h/g query heads a
 this module queries are (b, g, r, t, k), so that the r heads which share keys meet them in one product, uncopied.
 """
 
-import math
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Protocol
+from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
+from aether.kernels import flash
 from aether.kernels.blockwise import blockwise
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
-from aether.kernels.yat import product, yat
+from aether.kernels.scores import DotScore, Score, YatScore
+from aether.kernels.yat import product
 
-IMPLS = ("plain", "blockwise")
+__all__ = ["IMPLS", "DotScore", "Score", "YatScore", "attention", "check_form", "plain"]
+
+IMPLS = ("auto", "plain", "blockwise", "flash")
 BLOCK = 256  # about the fastest on CPU at lengths 1024 to 4096, with one head or many
-
-
-class Score(Protocol):
-    """What compares prepared queries and keys; a pytree.
-
-    (b, h, t, k) and (b, h, s, k) -> (b, h, t, s), or (b, g, r, t, k) and (b, g, 1, s, k) -> (b, g, r, t, s), float32.
-    """
-
-    def __call__(self, q: Array, k: Array) -> Array:
-        """Return the scores."""
-        ...
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DotScore:
-    """q·k / √d."""
-
-    def __call__(self, q: Array, k: Array) -> Array:
-        """Return the scores."""
-        return product("...md,...nd->...mn", q, k) / math.sqrt(q.shape[-1])
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["bias", "alpha", "epsilon"],
-    meta_fields=["spherical", "distance", "nonnegative_bias"],
-)
-@dataclass(frozen=True)
-class YatScore:
-    """α (q·k + b)² / ((‖q − k‖² + ε) √d); b, α and ε are numbers or (h,).
-
-    Attributes:
-      bias: b.
-      alpha: α.
-      epsilon: ε > 0.
-      spherical: q and k are unit vectors.
-      distance: see `aether.kernels.yat.yat`.
-      nonnegative_bias: see there.
-    """
-
-    bias: Array | float = 0.0
-    alpha: Array | float = 1.0
-    epsilon: Array | float = 1e-5
-    spherical: bool = field(default=False, kw_only=True)
-    distance: str = field(default="expanded", kw_only=True)
-    nonnegative_bias: bool = field(default=False, kw_only=True)
-
-    def __call__(self, q: Array, k: Array) -> Array:
-        """Return the scores."""
-
-        def per_head(p: Array | float) -> Array:
-            p = jnp.asarray(p, jnp.float32)
-            if p.size == 1:
-                return p.reshape(())
-            heads = q.shape[1:-2]
-            if p.shape != (math.prod(heads),):
-                raise ValueError(f"bias, alpha or epsilon is {p.shape}; it must be a number or one a head.")
-            return p.reshape(*heads, 1, 1)
-
-        return yat(
-            q,
-            k,
-            bias=per_head(self.bias),
-            alpha=per_head(self.alpha) / math.sqrt(q.shape[-1]),
-            epsilon=per_head(self.epsilon),
-            spherical=self.spherical,
-            normalized=True,
-            transposed=True,
-            nonnegative_bias=self.nonnegative_bias,
-            distance=self.distance,
-            dtype=jnp.dtype("float32"),
-        )
 
 
 def attention(
@@ -115,15 +41,19 @@ def attention(
       score: `DotScore` or `YatScore`.
       mask: which keys a query sees; all by default. A query that sees none gets exact zeros.
       normalization: softmax by default.
-      impl: "plain" holds all scores and can be differentiated twice; "blockwise" never holds more than a block's. A
-        single query, as in decoding, has a single row of scores and always takes "plain".
-      block: largest number of queries, and of keys, in a block; 256 by default, fewer if a window is narrow.
+      impl: "plain" holds all scores and can be differentiated twice; "blockwise" never holds more than a block's;
+        "flash" is a kernel written for the platform, that of the mesh in force or of the default device. "auto" takes
+        flash where there is a kernel that does what is asked, else plain where a single block would hold all scores
+        of a head, else blockwise. A single query, as in decoding, has a single row of scores and takes "plain" always.
+      block: largest number of queries, and of keys, in a block of the blockwise form; 256 by default, fewer if a
+        window is narrow. Kernels choose their own.
 
     Returns:
       (b, t, h, v's width) in v's dtype; scores and weights are float32, products accumulate in float32.
 
     Raises:
-      ValueError: shapes do not fit one another, the mask does not fit them, or an option is unknown.
+      ValueError: shapes do not fit one another, the mask does not fit them, an option is unknown, or impl is "flash"
+        and there is no kernel that does this here.
     """
     _check_operands(q, k, v)
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
@@ -133,8 +63,15 @@ def attention(
     mask = (mask or Mask()).checked(b, g, h // g, t, s)
     q = q.reshape(b, t, g, h // g, -1).transpose(0, 2, 3, 1, 4)
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
+    if t > 1 and impl in ("flash", "auto"):
+        missing = flash.unsupported(q, k, v, score, mask, normalization)
+        if missing and impl == "flash":
+            raise ValueError(f'impl is "flash". {missing} Take impl="auto", or "blockwise".')
+        impl = "flash" if not missing else "plain" if max(t, s) <= BLOCK else "blockwise"
     if impl == "plain" or t == 1:
         y = plain(q, k, v, score, mask, normalization)
+    elif impl == "flash":
+        y = flash.flash(q, k, v, score, mask, normalization)
     else:
         if isinstance(score, YatScore):  # to save memory is of no use within a block, and costs time
             score = replace(score, nonnegative_bias=False)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from aether.kernels.tail import FLOOR, Tail, sum_to
+from aether.kernels.tail import Tail, floor_of, sum_to
 
 TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 
@@ -46,7 +46,7 @@ class Form(NamedTuple):
     def operands(self, x: Array, w: Array) -> "Operands":
         """Return what the tail has to know of x and w."""
         if self.geometry == "unit":
-            return Operands(Tail(self.nonnegative_bias, x.dtype, max(FLOOR, float(jnp.finfo(x.dtype).eps) / 20)), 2.0)
+            return Operands(Tail(self.nonnegative_bias, x.dtype, floor_of(x.dtype, unit=True)), 2.0)
         tail = Tail(self.nonnegative_bias, x.dtype)
         x_square, w_square = squares(x, -1)[..., :, None], squares(w, -1 if self.transposed else -2)[..., None, :]
         if self.geometry == "point":

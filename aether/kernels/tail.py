@@ -18,6 +18,11 @@ FLOOR = 4 * 2.0**-23  # of S: what float32 sums resolve
 _LARGE = 1e18  # the square of v is finite up to here; t > 1e7 means that the distance is clamped
 
 
+def floor_of(dtype: jnp.dtype, unit: bool) -> float:
+    """Return the least distance that an expansion resolves, in parts of S; unit vectors of this dtype were rounded."""
+    return max(FLOOR, float(jnp.finfo(dtype).eps) / 20) if unit else FLOOR
+
+
 class Tail(NamedTuple):
     """What is known of a tail when it is traced.
 

@@ -17,7 +17,7 @@ from aether.nn.linear import Linear
 from aether.nn.param import check_sizes, compute_dtype
 from aether.nn.prototypes import operand
 from aether.nn.yat import UnitOptions, YatUnit
-from aether.parallel import along_sequence
+from aether.parallel import attend_over_mesh
 
 Pair = tuple[Array, Array]  # of the queries, of the keys
 
@@ -48,7 +48,8 @@ class AttentionOptions(TypedDict, total=False):
     window: int | None
     """A query sees itself and the window − 1 positions before it, which implies causality; all by default."""
     impl: str
-    """"plain", with whole score matrices, or "blockwise", in memory linear in the length."""
+    """"plain", with whole score matrices, "blockwise" and "flash", in memory linear in the length, or "auto": the best
+    there is; see `aether.kernels.attention.attention`."""
     block: int | None
     """Most queries, and most keys, in a block of the blockwise form; by default a size that fits."""
     std: float | None
@@ -182,7 +183,7 @@ class Attention(nnx.Module):
             score, weighting = how
             return attention(q, k, v, score, mask=mask, normalization=weighting, impl=self.impl, block=self.block)
 
-        y = along_sequence(attend, q, k, v, structure, (self.score(), self.weighting()))
+        y = attend_over_mesh(attend, q, k, v, structure, (self.score(), self.weighting()))
         y = self.out(checkpoint_name(y, "attention").reshape(*x.shape[:2], -1))
         return y, None if cache is None else KVCache(k, v, cache.length + x.shape[1])
 

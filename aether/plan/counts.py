@@ -30,13 +30,15 @@ class Counts:
     """What one device does in a step.
 
     `flops` are those of matrix products and convolutions; `cycles` and `hbm_bytes` are None where nothing is known;
-    `uncounted` are custom calls, target -> runs, whose FLOPs are not known.
+    `uncounted` are custom calls, target -> runs, whose FLOPs are not known; `stated` those that say what they do, which
+    is counted, but for their cycles.
     """
 
     flops: int = 0
     cycles: int | None = None
     hbm_bytes: int | None = 0
     uncounted: Counter[str] = field(default_factory=Counter)
+    stated: Counter[str] = field(default_factory=Counter)
 
 
 def count(module: Module) -> Counts:
@@ -47,7 +49,9 @@ def count(module: Module) -> Counts:
         if i.opcode in ("dot", "convolution"):
             counts.flops += visit.times * flops(i, visit.computation)
         if i.opcode == "custom-call" and i.attribute("custom_call_target").strip('"') not in PLACEHOLDERS:
-            counts.uncounted[i.attribute("custom_call_target").strip('"')] += visit.times
+            cost = i.stated_cost()
+            counts.flops += visit.times * (cost[0] if cost else 0)
+            (counts.stated if cost else counts.uncounted)[i.attribute("custom_call_target").strip('"')] += visit.times
         if not visit.fused:
             moved += visit.times * traffic(visit, module)
             estimate = i.estimated_cycles()
@@ -127,6 +131,8 @@ def traffic(visit: Visit, module: Module) -> int:
     i, here = visit.instruction, visit.computation
     if i.opcode in FREE or i.opcode.endswith("-done"):
         return 0
+    if cost := i.stated_cost():
+        return cost[1]
     if i.opcode.endswith("-start"):  # (operands..., results..., semaphores)
         return sum(s.bytes for s in i.shapes if not s.on_chip)
     read = sum(_read(module, here, i, k) for k in range(len(i.operands)))

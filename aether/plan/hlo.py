@@ -87,6 +87,12 @@ class Instruction:
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found.group(1)) if found else 0
 
+    def stated_cost(self) -> tuple[int, int] | None:
+        """Return the FLOPs and the bytes to and from HBM that a kernel states of itself, `pl.CostEstimate`, or None."""
+        found = re.search(r'"cost_estimate":\{[^}]*\}', self.attributes)
+        numbers = dict(re.findall(r'"(\w+)":"(\d+)"', found.group())) if found else {}
+        return (int(numbers.get("flops", 0)), int(numbers.get("bytes_accessed", 0))) if numbers else None
+
 
 @dataclass
 class Computation:

@@ -108,6 +108,10 @@ def make_plan(config: Config, topology: Topology, devices: list[Any] | None = No
     found, counts = collectives(module, layout_of(mesh, topology)), count(module)
     warnings = list(dict.fromkeys(module.warnings))
     warnings += [f"custom call {name}: its FLOPs are not counted ({n} a step)" for name, n in counts.uncounted.items()]
+    warnings += [
+        f"kernel {name}: its FLOPs and bytes are those it states, its cycles are not counted ({n} runs a step)"
+        for name, n in counts.stated.items()
+    ]
     if not topology.is_tpu:
         warnings.append(
             "GPUs by data sheet: FLOPs and collectives are those of the CPU compiler's program, memory is an estimate, "

@@ -93,7 +93,7 @@ def _times(plan: Plan) -> list[str]:
         serial = plan.tokens / times.serial
         lines.append(
             f"At most {rate:,.0f} tokens/s, MFU {mfu:.1%}; {serial:,.0f} tokens/s, MFU {mfu * serial / rate:.1%} "
-            "if no transfer is hidden"
+            "with nothing hidden"
         )
     return lines
 

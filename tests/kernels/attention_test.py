@@ -223,7 +223,8 @@ def test_negative_scores_count_for_nothing_where_weights_are_not_exponentials(rn
 def test_bad_input_is_named(rng):
     q, k, v = make(rng)
     bad = [
-        ((q, k, v, yat()), dict(impl="flash"), "impl is 'flash'; it must be one of plain, blockwise"),
+        ((q, k, v, yat()), dict(impl="Plain"), "impl is 'Plain'; it must be one of auto, plain, blockwise, flash"),
+        ((q, k, v, yat()), dict(impl="flash"), "There is no flash kernel for cpu.*only for tpu"),
         ((q, k, v, yat()), dict(block=0), "block is 0; it must be at least 1"),
         ((q, k, v, yat()), dict(normalization=Normalization("L1")), "'L1'; it must be one of softmax, l1, softermax"),
         ((q, k, v, yat()), dict(normalization=Normalization("l1", 2.0)), "power is 2.0 with l1"),

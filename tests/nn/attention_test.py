@@ -231,7 +231,7 @@ BAD_OPTIONS = [
     (dict(num_kv_heads=3), "num_heads is 4 and num_kv_heads 3"),
     (dict(qkv_features=12, rope_theta=10.0), "qkv_features / num_heads is 3; rotary"),
     (dict(window=True), "window is True; it must be an integer of at least 1"),
-    (dict(impl="flash"), "impl is 'flash'; it must be one of plain, blockwise"),
+    (dict(impl="Flash"), "impl is 'Flash'; it must be one of auto, plain, blockwise, flash"),
     (dict(block=0), "block is 0"),
     (dict(normalization="L1"), "normalization is 'L1'; it must be one of softmax, l1, softermax"),
     (dict(power=2.0), "power is 2.0 with softmax"),
@@ -304,7 +304,7 @@ def test_a_full_cache_is_named():
         (dict(num_kv_heads=0), "num_kv_heads is 0; it must be an integer"),
         (dict(window=2.5), "window is 2.5; it must be an integer"),
         (dict(window=0), "window is 0"),
-        (dict(impl="foo"), "impl is 'foo'; it must be one of plain, blockwise"),
+        (dict(impl="foo"), "impl is 'foo'; it must be one of auto, plain, blockwise"),
         (dict(dtype="int8"), "dtype is 'int8'"),
     ],
 )

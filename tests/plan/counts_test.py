@@ -129,3 +129,15 @@ def test_custom_calls_are_named_unless_they_do_nothing():
         '  ROOT %n = f32[8]{0} custom-call(%k), custom_call_target="AllocateBuffer"'
     )
     assert dict(count(module(body)).uncounted) == {"tpu_custom_call": 1}
+
+
+def test_a_kernel_s_own_statement_is_counted_as_often_as_it_runs():
+    cost = '"cost_estimate":{"flops":"100","transcendentals":"7","bytes_accessed":"50"}'
+    body = (
+        "  %a = f32[8]{0} parameter(0)\n"
+        '  ROOT %k = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"body":"TUzv",' + cost + "}}"
+    )
+    counts = count(module(body))
+    assert (counts.flops, counts.hbm_bytes) == (100, 50)
+    assert dict(counts.stated) == {"tpu_custom_call": 1} and not counts.uncounted
