@@ -47,9 +47,9 @@ class Tiles(NamedTuple):
 
 
 _HOPPER = {
-    (32, 2): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (64, 2): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (128, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (32, 2): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    (64, 2): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    (128, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     (32, 4): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     (64, 4): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     (128, 4): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
@@ -79,11 +79,11 @@ def forward(
 ) -> tuple[Array, Array]:
     """Return y (b, g, r, t, k) and the final level of each query (b, g, r, t, 1), float32."""
     tile = tiles_of(q).forward
-    f = _form(q, k, score, mask, normalization, tile)
+    f = _form(q, k, score, mask, normalization, tile, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)
     shape = arrays["q"].shape
     outputs = {"y": jax.ShapeDtypeStruct(shape, v.dtype), "level": jax.ShapeDtypeStruct(shape[:-1], jnp.float32)}
-    y, level = _call(kernels.forward, f, arrays, outputs, tile, 1, interpret)
+    y, level = _call(kernels.forward, f, arrays, outputs, tile, 1)
     return y.reshape(q.shape), level.reshape(*q.shape[:-1], 1)
 
 
@@ -102,9 +102,9 @@ def backward(
 ) -> tuple[Array, Array, Array, Any]:
     """Return dL/d of q, k, v and of the score's b, α and ε in their shapes, for g = dL/dy and what `forward` returned."""
     centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1)
-    level = level * LOG2E if normalization.name == "softmax" else 1.0 / level
+    level = -LOG2E * level if normalization.name == "softmax" else 1.0 / level
     _, of_queries, of_keys = tiles_of(q)
-    f = _form(q, k, score, mask, normalization, of_queries)
+    f = _form(q, k, score, mask, normalization, of_queries, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)
     shape = arrays["q"].shape
     arrays |= {"g": g.reshape(shape), "level": level.reshape(shape[:-1]), "centre": centre.reshape(shape[:-1])}
@@ -112,10 +112,10 @@ def backward(
     if f.yat:
         blocks = math.ceil(f.queries / f.rows)
         outputs["sums"] = jax.ShapeDtypeStruct((*shape[:2], blocks, 4), jnp.float32)
-    dq, *sums = _call(kernels.of_queries, f, arrays, outputs, of_queries, 1, interpret)
+    dq, *sums = _call(kernels.of_queries, f, arrays, outputs, of_queries, 1)
     f = f._replace(rows=of_keys.rows, columns=of_keys.columns)
     outputs = {"dk": jax.ShapeDtypeStruct(k.shape, k.dtype), "dv": jax.ShapeDtypeStruct(v.shape, v.dtype)}
-    dk, dv = _call(kernels.of_keys, f, arrays, outputs, of_keys, q.shape[2], interpret)
+    dk, dv = _call(kernels.of_keys, f, arrays, outputs, of_keys, q.shape[2])
     if sums:
         score = _of_numbers(score, jnp.sum(sums[0], (0, 2)), q.shape[-1])
     return dq.reshape(q.shape), dk, dv, score
@@ -125,7 +125,7 @@ def _is_yat(score: Any) -> bool:
     return hasattr(score, "epsilon")
 
 
-def _form(q: Array, k: Array, score: Any, mask: Mask, normalization: Normalization, tile: Tile) -> Form:
+def _form(q: Array, k: Array, score: Any, mask: Mask, normalization: Normalization, tile: Tile, interpret: bool) -> Form:
     yat = _is_yat(score)
     spherical = yat and score.spherical
     return Form(
@@ -139,6 +139,7 @@ def _form(q: Array, k: Array, score: Any, mask: Mask, normalization: Normalizati
         keys=k.shape[-2],
         rows=tile.rows,
         columns=tile.columns,
+        interpret=interpret,
     )
 
 
@@ -179,7 +180,6 @@ def _call(
     outputs: dict[str, jax.ShapeDtypeStruct],
     tile: Tile,
     heads: int,
-    interpret: bool,
 ) -> list[Array]:
     """Run a program for each block of the first output's rows, each `heads` query heads, and each row of the batch."""
     h, g = arrays["q"].shape[1], arrays["k"].shape[1]
@@ -206,7 +206,7 @@ def _call(
         out_specs=[spec(name, x.shape) for name, x in outputs.items()],
         out_shape=list(outputs.values()),
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        interpret=interpret,
+        interpret=f.interpret,
         name=kernel.__name__,
     )
     return run(arrays)

@@ -1,8 +1,8 @@
 """What one program of flash ⵟ-attention does on an NVIDIA GPU: the forward pass, and the gradients of q and of k and v.
 
-With n = q·k + b, Q = D + ε, m = n/√Q and t = n/Q the score is s = (α/√d) m², ds/dn = 2 (α/√d) t and ds/dQ = −(α/√d) t².
-One rsqrt gives m and t, where the hardware has no division. Exponentials are powers of 2: scores of softmax carry a
-factor log₂ e. Scores are (query, key) in the first two kernels and (key, query) in the last, so that the product with
+With n = q·k + b, Q = D + ε and t = n/Q the score is s = (α/√d) n t, ds/dn = 2 (α/√d) t and ds/dQ = −(α/√d) t². What is
+done for each pair of query and key costs as much as the products, so it is written in instructions: what Triton makes of
+`exp2` and a division has several more for numbers below 2⁻¹²⁶, and it contracts no product and sum. Scores are (query, key) in the first two kernels and (key, query) in the last, so that the product with
 weights always takes them as its left operand, which tensor cores read from registers.
 
 Key blocks that every query of a program sees whole are done in a loop of their own, without masks for causality.
@@ -36,6 +36,7 @@ class Form(NamedTuple):
     keys: int
     rows: int
     columns: int
+    interpret: bool
 
     @property
     def squares(self) -> bool:
@@ -66,26 +67,27 @@ class Block(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores that hide what is not seen, and m², t and t where the distance is free."""
+    """n²/Q (or q·k), t = n/Q, t where the distance is free and 0 elsewhere, and which pairs are seen."""
 
-    s: Array
-    m2: Array
+    ratio: Array
     t: Array
     free: Array
+    seen: Array | None
 
 
 def forward(f: Form, refs: dict[str, Any], y_ref: Any, level_ref: Any) -> None:
     """Write y and the final level of a block of queries."""
     i, numbers, offset = pl.program_id(0), _numbers(refs, _FIRST), _offset(f, refs)
-    q = _queries(f, refs, _FIRST, i, f.queries % f.rows != 0)
+    q, unit = _queries(f, refs, _FIRST, i, f.queries % f.rows != 0), LOG2E if f.softmax else 1.0
 
     def add(j: Array, carry: tuple[Array, ...], edge: bool) -> tuple[Array, ...]:
         level, total, mean = carry
         k = _keys(f, refs, j, edge)
-        s = _compare(f, numbers, offset, q, k, _down, _across, edge).s
+        scores = _compare(f, numbers, offset, q, k, _down, _across, edge)
+        s = _hide(f, (numbers.alpha * unit) * scores.ratio, scores.seen)
         if f.softmax:
             higher = jnp.maximum(level, jnp.max(s, 1))
-            s, shrink = jnp.exp2(s - higher[:, None]), jnp.exp2(level - higher)
+            s, shrink = _exp2(f, s - higher[:, None]), _exp2(f, level - higher)
             level, total, mean = higher, total * shrink, mean * shrink[:, None]
         return level, total + jnp.sum(s, 1), mean + _product(s.astype(k.v.dtype), k.v, 1, 0)
 
@@ -110,12 +112,12 @@ def of_queries(f: Form, refs: dict[str, Any], dq_ref: Any, sums_ref: Any = None)
     def add(j: Array, carry: tuple[Array, ...], edge: bool) -> tuple[Array, ...]:
         k = _keys(f, refs, j, edge)
         scores = _compare(f, numbers, offset, q, k, _down, _across, edge)
-        _, e = _pull(f, scores.s, _product(q.v, k.v, 1, 1), q, _down)
+        _, e = _pull(f, numbers, scores, _product(q.v, k.v, 1, 1), q, _down)
         of_dot, et = _of_dot(f, numbers, scores, e)
         dq = carry[0] + _product(of_dot.astype(k.x.dtype), k.x, 1, 0)
         if not f.yat:
             return (dq,)
-        sums = [et, e * scores.m2, et * scores.t] + [et * scores.free] * f.squares
+        sums = [et, e * scores.ratio, et * scores.t] + [et * scores.free] * f.squares
         return dq, *(a + jnp.sum(b, 1) for a, b in zip(carry[1:], sums, strict=True))
 
     zeros = jnp.zeros((f.rows,), jnp.float32)
@@ -140,7 +142,7 @@ def of_keys(f: Form, refs: dict[str, Any], dk_ref: Any, dv_ref: Any) -> None:
         def add(i: Array, carry: tuple[Array, ...], edge: bool) -> tuple[Array, ...]:
             q = _queries(f, refs, head, i, edge)
             scores = _compare(f, numbers, offset, q, k, _across, _down, edge)
-            w, e = _pull(f, scores.s, _product(k.v, q.v, 1, 1), q, _across)
+            w, e = _pull(f, numbers, scores, _product(k.v, q.v, 1, 1), q, _across)
             dv = carry[1] + _product(w.astype(q.v.dtype), q.v, 1, 0)
             of_dot, et = _of_dot(f, numbers, scores, e)
             dk = carry[0] + _product(of_dot.astype(q.x.dtype), q.x, 1, 0)
@@ -176,24 +178,23 @@ def _compare(
     of_k: Callable[[Array], Array],
     edge: bool,
 ) -> Scores:
-    """Return the scores of two blocks, of which the one that lies along `_down` comes first in the product."""
+    """Return what the scores of two blocks are made of, of which the one that lies along `_down` comes first in the product."""
     first, second = (q, k) if of_q is _down else (k, q)
     dot = _product(first.x, second.x, 1, 1)
-    unit = LOG2E if f.softmax else 1.0
     if not f.yat:
-        s, m2, t, free = dot * (numbers.alpha * unit), dot, dot, dot
+        ratio = t = free = dot
     else:
         if q.square is None or k.square is None:
             far, near = 2.0 + numbers.epsilon, 2.0 * f.floor + numbers.epsilon
         else:
             far = of_q(q.square + numbers.epsilon) + of_k(k.square)
-            near = f.floor * far + (1.0 - f.floor) * numbers.epsilon
-        distance = far - 2.0 * dot  # ε included
-        root = jax.lax.rsqrt(jnp.maximum(distance, near))
-        m = (dot + numbers.bias) * root
-        m2, t = m * m, m * root
-        s, free = m2 * (numbers.alpha * unit), jnp.where(distance > near, t, 0.0)
-    return Scores(_hide(f, s, _seen(f, offset, q, k, of_q, of_k, edge)), m2, t, free)
+            near = _fma(f, f.floor, far, (1.0 - f.floor) * numbers.epsilon)
+        distance = _fma(f, -2.0, dot, far)  # ε included
+        n = dot + numbers.bias
+        t = n * _inverse(f, jnp.maximum(distance, near))
+        ratio, free = n * t, jnp.where(distance > near, t, 0.0)
+    seen = _seen(f, offset, q, k, of_q, of_k, edge)
+    return Scores(ratio, t, free, seen)
 
 
 def _of_dot(f: Form, numbers: Numbers, scores: Scores, e: Array) -> tuple[Array, Array]:
@@ -201,15 +202,18 @@ def _of_dot(f: Form, numbers: Numbers, scores: Scores, e: Array) -> tuple[Array,
     if not f.yat:
         return e * numbers.alpha, e
     et, twice = e * scores.t, 2.0 * numbers.alpha
-    return et * (twice * scores.free + twice), et
+    return et * _fma(f, twice, scores.free, twice), et
 
 
-def _pull(f: Form, s: Array, dw: Array, q: Block, of_q: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """Return the weights, and dL/ds for dw = dL/dweight; `q.level` is log₂ Σ 2ˢ, or 1/Σs."""
+def _pull(
+    f: Form, numbers: Numbers, scores: Scores, dw: Array, q: Block, of_q: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """Return the weights, and dL/ds for dw = dL/dweight; `q.level` is −log₂ Σ 2ˢ, or 1/Σs."""
     dw = dw - of_q(q.centre)
     if f.softmax:
-        w = jnp.exp2(s - of_q(q.level))
+        w = _exp2(f, _hide(f, _fma(f, numbers.alpha * LOG2E, scores.ratio, of_q(q.level)), scores.seen))
         return w, w * dw
+    s = _hide(f, numbers.alpha * scores.ratio, scores.seen)
     return s * of_q(q.level), jnp.where(s > 0, dw * of_q(q.level), 0.0)
 
 
@@ -295,6 +299,33 @@ def _product(x: Array, w: Array, of_x: int, of_w: int) -> Array:
     return jax.lax.dot_general(x, w, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _exp2(f: Form, x: Array) -> Array:
+    return jnp.exp2(x) if f.interpret else _instruction("ex2.approx.ftz.f32", x)
+
+
+def _inverse(f: Form, x: Array) -> Array:
+    return 1.0 / x if f.interpret else _instruction("rcp.approx.ftz.f32", x)
+
+
+def _fma(f: Form, x: Any, y: Any, z: Any) -> Array:
+    """Return x y + z, which the compiler would not contract."""
+    return x * y + z if f.interpret else _instruction("fma.rn.ftz.f32", x, y, z)
+
+
+def _instruction(name: str, *args: Any) -> Array:
+    shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in args))
+    args = tuple(jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape) for x in args)
+    places = ", ".join(f"${n}" for n in range(len(args) + 1))
+    [y] = plt.elementwise_inline_asm(
+        f"{name} {places};",
+        args=args,
+        constraints=",".join(["=f"] + ["f"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return y
+
+
 def _numbers(refs: dict[str, Any], head: Array | int) -> Numbers:
     return Numbers(*(refs["numbers"][head, n] for n in range(4)))
 
@@ -314,7 +345,7 @@ def _queries(f: Form, refs: dict[str, Any], head: Array | int, i: Array, cut: bo
         load("q_square"),
         segment,
         v=load("g"),
-        level=load("level", jnp.inf if f.softmax else 0),  # so that queries beyond the last give no weight
+        level=load("level", -jnp.inf if f.softmax else 0),  # so that queries beyond the last give no weight
         centre=load("centre"),
     )
 
