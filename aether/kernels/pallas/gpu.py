@@ -60,7 +60,7 @@ _DEFAULT = _HOPPER
 def unsupported(q: Array, k: Array, v: Array, score: Any, mask: Mask, normalization: Normalization) -> str:
     """Return "" if there is a kernel for this, else what it does not do, as one clause."""
     if type(score).__name__ not in ("DotScore", "YatScore"):
-        return f"score {type(score).__name__}"
+        return f"a score of type {type(score).__name__}"
     if _is_yat(score) and score.distance != "expanded":
         return f"distance={score.distance!r}"
     if normalization.name not in ("softmax", "l1"):
@@ -69,8 +69,10 @@ def unsupported(q: Array, k: Array, v: Array, score: Any, mask: Mask, normalizat
         return "a dense mask"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"{q.dtype}"
-    if q.shape[-1] not in WIDTHS or v.shape[-1] != q.shape[-1]:
-        return f"heads of width {q.shape[-1]} with values of width {v.shape[-1]}"
+    if q.shape[-1] not in WIDTHS:
+        return f"heads of width {q.shape[-1]}"
+    if v.shape[-1] != q.shape[-1]:
+        return f"values of another width, {v.shape[-1]}"
     return ""
 
 
@@ -125,7 +127,9 @@ def _is_yat(score: Any) -> bool:
     return hasattr(score, "epsilon")
 
 
-def _form(q: Array, k: Array, score: Any, mask: Mask, normalization: Normalization, tile: Tile, interpret: bool) -> Form:
+def _form(
+    q: Array, k: Array, score: Any, mask: Mask, normalization: Normalization, tile: Tile, interpret: bool
+) -> Form:
     yat = _is_yat(score)
     spherical = yat and score.spherical
     return Form(
