@@ -102,7 +102,7 @@ def backward(
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Any]:
-    """Return dL/d of q, k, v and of the score's b, α and ε in their shapes, for g = dL/dy and what `forward` returned."""
+    """Return the gradients of q, k, v and of the score's b, α and ε, for g = dL/dy and what `forward` returned."""
     centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1)
     level = -LOG2E * level if normalization.name == "softmax" else 1.0 / level
     _, of_queries, of_keys = tiles_of(q)
