@@ -23,14 +23,14 @@ from jax.experimental.pallas import triton as plt
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.pallas import gpu_kernels as kernels
-from aether.kernels.pallas.gpu_kernels import LOG2E, Form
+from aether.kernels.pallas.gpu_tile import LOG2E, Form
 from aether.kernels.yat import _FLOOR
 
 WIDTHS = (32, 64, 128)
 
 
 class Tile(NamedTuple):
-    """Queries and keys in a block, warps of a program, and key blocks that are on their way at once."""
+    """Queries and keys in a block, warps of a program, and blocks that are on their way at once."""
 
     rows: int
     columns: int
@@ -46,15 +46,31 @@ class Tiles(NamedTuple):
     of_keys: Tile
 
 
+# By head width and bytes of an entry. None was timed: of the sizes tried, those whose inner loops ptxas compiles to the
+# fewest instructions a score without spilled registers. Hopper's take up to 160 KiB of shared memory, the others' 64.
 _HOPPER = {
-    (32, 2): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    (64, 2): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    (128, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    (32, 4): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    (64, 4): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    (128, 4): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (32, 2): Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (64, 2): Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (128, 2): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
 }
-_DEFAULT = _HOPPER
+_OTHERS = {
+    (32, 2): Tiles(Tile(128, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    (64, 2): Tiles(Tile(128, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    (128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    (32, 4): Tiles(*[Tile(32, 32, 4, 2)] * 3),
+    (64, 4): Tiles(*[Tile(32, 32, 8, 2)] * 3),
+    (128, 4): Tiles(*[Tile(16, 16, 4, 2)] * 3),
+}
+_LARGE = ("H100", "H200", "B200", "B300")  # names of devices with 227 KiB of shared memory a program
+
+
+def tiles_of(kind: str, width: int, itemsize: int, squares: bool) -> Tiles:
+    """Return the tiles on a kind of device; `squares` if scores need ‖q‖² and ‖k‖²."""
+    key, large = (width, itemsize), any(name in kind for name in _LARGE)
+    tiles = _HOPPER[key] if large and key in _HOPPER else _OTHERS[key]
+    if squares and large and key == (128, 2):  # too many registers for the larger one
+        tiles = tiles._replace(of_keys=Tile(32, 128, 8, 2))
+    return tiles
 
 
 def unsupported(q: Array, k: Array, v: Array, score: Any, mask: Mask, normalization: Normalization) -> str:
@@ -80,7 +96,7 @@ def forward(
     q: Array, k: Array, v: Array, score: Any, mask: Mask, normalization: Normalization, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """Return y (b, g, r, t, k) and the final level of each query (b, g, r, t, 1), float32."""
-    tile = tiles_of(q).forward
+    tile = _tiles(q, score).forward
     f = _form(q, k, score, mask, normalization, tile, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)
     shape = arrays["q"].shape
@@ -105,7 +121,7 @@ def backward(
     """Return the gradients of q, k, v and of the score's b, α and ε, for g = dL/dy and what `forward` returned."""
     centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1)
     level = -LOG2E * level if normalization.name == "softmax" else 1.0 / level
-    _, of_queries, of_keys = tiles_of(q)
+    _, of_queries, of_keys = _tiles(q, score)
     f = _form(q, k, score, mask, normalization, of_queries, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)
     shape = arrays["q"].shape
@@ -216,6 +232,8 @@ def _call(
     return run(arrays)
 
 
-def tiles_of(q: Array) -> Tiles:
-    """Return the tiles for this head width and dtype."""
-    return _HOPPER[q.shape[-1], q.dtype.itemsize]
+def _tiles(q: Array, score: Any) -> Tiles:
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return tiles_of(kind, q.shape[-1], q.dtype.itemsize, _is_yat(score) and not score.spherical)

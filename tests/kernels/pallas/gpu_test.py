@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from aether.kernels.attention import DotScore, YatScore
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
-from aether.kernels.pallas import gpu, gpu_kernels
+from aether.kernels.pallas import gpu, gpu_kernels, gpu_tile
 from aether.testing import equations
 from tools import reference as ref
 
@@ -154,7 +154,7 @@ def test_close_vectors_have_the_least_distance(rng):
 def test_blocks_that_are_seen_are_those_that_are_visited(window):
     """First … last are the blocks with any pair that is seen, a … b those without one that is not, both ways."""
     for t, s, rows, columns, offset in [(20, 20, 4, 8, 0), (13, 29, 8, 4, 16), (9, 30, 4, 4, 3), (20, 7, 4, 4, -9)]:
-        form = gpu_kernels.Form(True, True, 0.0, True, True, window, t, s, rows, columns, True)
+        form = gpu_tile.Form(True, True, 0.0, True, True, window, t, s, rows, columns, True)
         high, wide = -(-t // rows) * rows, -(-s // columns) * columns
         position, key = np.arange(high)[:, None] + offset, np.arange(wide)
         seen = (key <= position) & (key > position - (window or 1000))
@@ -197,7 +197,7 @@ def both(q, k, v, score, segments, valid, offset, normalization):
 def test_lowers_for_cuda(width, dtype):
     q, k, segments, valid = shapes(width, dtype)
     number = jax.ShapeDtypeStruct((4,), jnp.float32)
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
+    mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
     for score, normalization in [(YatScore(number, number, number), "l1"), (DotScore(), "softmax")]:
         f = jax.jit(partial(both, normalization=normalization))
         with jax.sharding.use_abstract_mesh(mesh):
