@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from aether.kernels.attention import DotScore, YatScore
+from aether.kernels.blockwise import blockwise
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.pallas import gpu, gpu_kernels, gpu_tile
@@ -19,6 +20,7 @@ from tools import reference as ref
 
 STEP = 1e-30  # of complex differentiation, which nothing rounds
 DIRECTIONS = 3
+CONSTANT = 0.1  # ε₁ of L1
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
 
 
@@ -86,13 +88,13 @@ def exact(case, seen, q, k, v, bias, alpha, epsilon):
         bias, alpha, epsilon = (np.reshape(x, (g, r, 1, 1)) for x in (bias, alpha, epsilon))
         square = np.sum(q * q, -1)[..., None] + np.sum(k * k, -1)[:, :, None, None] if case.score == "plain" else 2.0
         s = alpha * (dot + bias) ** 2 / ((square - 2.0 * dot + epsilon) * math.sqrt(width))
-    weights = ref.attention_weights(s, seen, case.normalization, epsilon=1e-12)
+    weights = ref.attention_weights(s, seen, case.normalization, epsilon=CONSTANT)
     return np.einsum("bgrts,bgsk->bgrtk", weights, v), s
 
 
 @partial(jax.jit, static_argnames="normalization", compiler_options={"xla_backend_optimization_level": 0})
 def run(q, k, v, dy, score, mask, normalization):
-    n = Normalization(normalization).by_head(*q.shape[1:3])
+    n = Normalization(normalization, constant=CONSTANT).by_head(*q.shape[1:3])
     assert gpu.unsupported(q, k, v, score, mask, n) == ""
     y, level = gpu.forward(q, k, v, score, mask, n, interpret=True)
     return y, level, gpu.backward(q, k, v, score, mask, n, y, level, dy, interpret=True)
@@ -115,7 +117,7 @@ def test_values_and_gradients(rng, case):
     assert np.any(nothing) == ("valid" in case.mask and case.score == "spherical" and "causal" in case.mask)
     assert not np.any(np.float64(y)[nothing]) and not np.any(np.float64(dq)[nothing])
     total = np.sum(np.where(seen, np.exp(s) if case.normalization == "softmax" else s, 0.0), -1)
-    levels = np.log(np.where(nothing, 1.0, total)) if case.normalization == "softmax" else total + 1e-12
+    levels = np.log(np.where(nothing, 1.0, total)) if case.normalization == "softmax" else total + CONSTANT
     np.testing.assert_allclose(level[..., 0], levels, rtol=limit, atol=limit)
     gradients = [dq, dk, dv, *jax.tree.leaves(dscore)]
     for name, at, gradient in zip(("q", "k", "v", "b", "alpha", "epsilon"), range(6), gradients, strict=False):
@@ -141,13 +143,24 @@ def test_the_reference_of_scores_is_the_library_s(rng):
 
 def test_close_vectors_have_the_least_distance(rng):
     """Where q = k the distance is the floor's, and has no gradient."""
-    x = jnp.asarray(rng.normal(size=(1, 1, 1, 40, 32)), jnp.float32)
-    score = YatScore(*(jnp.float32(n) for n in (0.5, 1e-5, 1e-7)))
-    n, mask = Normalization().by_head(1, 1), Mask(window=1)
-    y, level = jax.jit(partial(gpu.forward, interpret=True))(x, x[:, :, 0], x[:, :, 0], score, mask, n)
-    np.testing.assert_allclose(y, x, rtol=1e-6)
-    square = np.sum(np.float64(x) ** 2, -1, keepdims=True)
-    np.testing.assert_allclose(level, 1e-5 * (square + 0.5) ** 2 / math.sqrt(32) / (2**-20 * square + 1e-7), rtol=0.5)
+    x, v, dy = (jnp.asarray(rng.normal(size=(1, 1, 1, 70, 32)), jnp.float32) for _ in range(3))
+    numbers = [jnp.full((1,), n, jnp.float32) for n in (0.5, 1e-7, 1e-7)]
+    score, n, mask = YatScore(*numbers), Normalization().by_head(1, 1), Mask(window=2)
+
+    def right(q, k, v):
+        return blockwise(q, k[:, :, 0], v[:, :, 0], score, mask, n, 35)
+
+    @jax.jit
+    def both(x, v, dy):
+        y, pull = jax.vjp(right, x, x, v)
+        k, values = x[:, :, 0], v[:, :, 0]
+        ours, level = gpu.forward(x, k, values, score, mask, n, interpret=True)
+        gradients = gpu.backward(x, k, values, score, mask, n, ours, level, dy, interpret=True)
+        return (y, *pull(dy)), (ours, *gradients[:3])
+
+    for one, other in zip(*both(x, v, dy), strict=True):
+        assert np.linalg.norm(one) > 1.0
+        np.testing.assert_allclose(np.reshape(other, one.shape), one, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 12])
