@@ -127,7 +127,8 @@ def test_values_and_gradients(rng, case):
             moved = [x + 1j * STEP * direction if n == at else x for n, x in enumerate(args)]
             wanted = np.sum(np.float64(dy) * exact(case, seen, *moved)[0].imag) / STEP
             error = abs(np.sum(gradient * direction) - wanted)
-            assert error <= 3 * limit * max(1.0, np.linalg.norm(gradient)), (name, error, wanted)
+            # 2: dα of L1 cancels all but ε₁'s share, and y is rounded before it enters
+            assert error <= 3 * limit * max(2.0, np.linalg.norm(gradient)), (name, error, wanted)
 
 
 def test_the_reference_of_scores_is_the_library_s(rng):
