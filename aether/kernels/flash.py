@@ -11,23 +11,33 @@ from jax.sharding import AxisType
 
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
-from aether.kernels.pallas import tpu
 from aether.kernels.pallas.device import device
 from aether.kernels.scores import Score
 
-KERNELS: dict[str, ModuleType] = {"tpu": tpu}
+PLATFORMS = ("tpu", "gpu")
+
+
+def kernels(platform: str) -> ModuleType:
+    """Return the module of a platform's kernels: `unsupported`, `forward` and `backward`; imported when needed."""
+    if platform == "tpu":
+        from aether.kernels.pallas import tpu
+
+        return tpu
+    from aether.kernels.pallas import gpu
+
+    return gpu
 
 
 def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization) -> str:
     """Return "" if the platform has a kernel for this, else one sentence that says what is missing."""
     platform, kind = device()
-    if platform not in KERNELS:
-        return f"There is no flash kernel for {platform} ({kind}), only for {', '.join(KERNELS)}."
+    if platform not in PLATFORMS:
+        return f"There is no flash kernel for {platform} ({kind}), only for {', '.join(PLATFORMS)}."
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     if left := [f"{a}={mesh.shape[a]}" for a, kind in types if kind != AxisType.Manual and mesh.shape[a] > 1]:
         return f"The compiler cannot split a kernel over mesh axes that do not divide the operands, {', '.join(left)}."
-    missing = KERNELS[platform].unsupported(q, k, v, score, mask, normalization)
+    missing = kernels(platform).unsupported(q, k, v, score, mask, normalization)
     return f"The flash kernel for {platform} does not take {missing}." if missing else ""
 
 
@@ -66,14 +76,14 @@ def _flash(static, q, k, v, score, n, mask):
 
 def _forward(static, q, k, v, score, n, mask):
     platform, options = static
-    y, level = KERNELS[platform].forward(q, k, v, score, mask, n, **dict(options))
+    y, level = kernels(platform).forward(q, k, v, score, mask, n, **dict(options))
     return y, (q, k, v, score, n, mask, y, level)
 
 
 def _backward(static, residuals, g):
     platform, options = static
     q, k, v, score, n, mask, y, level = residuals
-    dq, dk, dv, dscore = KERNELS[platform].backward(q, k, v, score, mask, n, y, level, g, **dict(options))
+    dq, dk, dv, dscore = kernels(platform).backward(q, k, v, score, mask, n, y, level, g, **dict(options))
     centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
     return dq, dk, dv, dscore, n.constant_gradient(level, centre), None
 

@@ -44,7 +44,8 @@ def interpreted(monkeypatch):
         forward=partial(tpu.forward, **options),
         backward=partial(tpu.backward, **options),
     )
-    monkeypatch.setitem(flash.KERNELS, "cpu", kernel)
+    monkeypatch.setattr(flash, "PLATFORMS", ("cpu",))
+    monkeypatch.setattr(flash, "kernels", lambda platform: kernel)
 
 
 @pytest.fixture(scope="module")

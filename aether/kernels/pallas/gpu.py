@@ -23,8 +23,10 @@ from jax.experimental.pallas import triton as plt
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.pallas import gpu_kernels as kernels
+from aether.kernels.pallas.device import device
 from aether.kernels.pallas.gpu_tile import LOG2E, Form
-from aether.kernels.yat import _FLOOR
+from aether.kernels.scores import DotScore, Score, YatScore
+from aether.kernels.tail import floor_of
 
 WIDTHS = (32, 64, 128)
 
@@ -73,11 +75,13 @@ def tiles_of(kind: str, width: int, itemsize: int, squares: bool) -> Tiles:
     return tiles
 
 
-def unsupported(q: Array, k: Array, v: Array, score: Any, mask: Mask, normalization: Normalization) -> str:
+def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization) -> str:
     """Return "" if there is a kernel for this, else what it does not do, as one clause."""
-    if type(score).__name__ not in ("DotScore", "YatScore"):
+    if device().platform == "gpu" and not device().kind.startswith("NVIDIA"):
+        return f"a {device().kind}"
+    if not isinstance(score, DotScore | YatScore):
         return f"a score of type {type(score).__name__}"
-    if _is_yat(score) and score.distance != "expanded":
+    if isinstance(score, YatScore) and score.distance != "expanded":
         return f"distance={score.distance!r}"
     if normalization.name not in ("softmax", "l1"):
         return f"normalization={normalization.name!r}"
@@ -93,7 +97,7 @@ def unsupported(q: Array, k: Array, v: Array, score: Any, mask: Mask, normalizat
 
 
 def forward(
-    q: Array, k: Array, v: Array, score: Any, mask: Mask, normalization: Normalization, *, interpret: bool = False
+    q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """Return y (b, g, r, t, k) and the final level of each query (b, g, r, t, 1), float32."""
     tile = _tiles(q, score).forward
@@ -109,7 +113,7 @@ def backward(
     q: Array,
     k: Array,
     v: Array,
-    score: Any,
+    score: Score,
     mask: Mask,
     normalization: Normalization,
     y: Array,
@@ -134,24 +138,20 @@ def backward(
     f = f._replace(rows=of_keys.rows, columns=of_keys.columns)
     outputs = {"dk": jax.ShapeDtypeStruct(k.shape, k.dtype), "dv": jax.ShapeDtypeStruct(v.shape, v.dtype)}
     dk, dv = _call(kernels.of_keys, f, arrays, outputs, of_keys, q.shape[2])
-    if sums:
+    if isinstance(score, YatScore):
         score = _of_numbers(score, jnp.sum(sums[0], (0, 2)), q.shape[-1])
     return dq.reshape(q.shape), dk, dv, score
 
 
-def _is_yat(score: Any) -> bool:
-    return hasattr(score, "epsilon")
-
-
 def _form(
-    q: Array, k: Array, score: Any, mask: Mask, normalization: Normalization, tile: Tile, interpret: bool
+    q: Array, k: Array, score: Score, mask: Mask, normalization: Normalization, tile: Tile, interpret: bool
 ) -> Form:
-    yat = _is_yat(score)
-    spherical = yat and score.spherical
+    yat = isinstance(score, YatScore)
+    spherical = isinstance(score, YatScore) and score.spherical
     return Form(
         yat=yat,
         spherical=spherical,
-        floor=max(_FLOOR, float(jnp.finfo(q.dtype).eps) / 20) if spherical else _FLOOR,  # as in `aether.kernels.yat`
+        floor=floor_of(q.dtype, spherical),
         softmax=normalization.name == "softmax",
         causal=mask.causal,
         window=mask.window,
@@ -164,12 +164,14 @@ def _form(
 
 
 def _arrays(
-    f: Form, q: Array, k: Array, v: Array, score: Any, mask: Mask, normalization: Normalization
+    f: Form, q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization
 ) -> dict[str, Array]:
     """Return what the kernels read, by name; the two axes of heads of queries are one."""
     q = q.reshape(q.shape[0], -1, *q.shape[3:])
     root = math.sqrt(q.shape[-1])
-    numbers = (score.bias, score.alpha / root, score.epsilon) if f.yat else (0.0, 1.0 / root, 1.0)
+    numbers: tuple[Any, ...] = (0.0, 1.0 / root, 1.0)
+    if isinstance(score, YatScore):
+        numbers = score.bias, score.alpha / root, score.epsilon
     by_head = [
         jnp.broadcast_to(jnp.asarray(n, jnp.float32).reshape(-1), q.shape[1:2])
         for n in (*numbers, normalization.constant)
@@ -185,12 +187,14 @@ def _arrays(
     return arrays
 
 
-def _of_numbers(score: Any, sums: Array, width: int) -> Any:
+def _of_numbers(score: YatScore, sums: Array, width: int) -> YatScore:
     """Return the gradients of b, α and ε in their shapes, for sums (h, 4)."""
-    named = {"bias": sums[:, 0], "alpha": sums[:, 1] / math.sqrt(width), "epsilon": sums[:, 2]}
-    shapes = {name: jnp.shape(getattr(score, name)) for name in named}
-    one = {name: math.prod(shape) == 1 for name, shape in shapes.items()}
-    return replace(score, **{n: (jnp.sum(x) if one[n] else x).reshape(shapes[n]) for n, x in named.items()})
+
+    def like(number: Array | float, each: Array) -> Array:
+        return (each if jnp.size(number) > 1 else jnp.sum(each)).reshape(jnp.shape(number))
+
+    alpha = like(score.alpha, sums[:, 1] / math.sqrt(width))
+    return replace(score, bias=like(score.bias, sums[:, 0]), alpha=alpha, epsilon=like(score.epsilon, sums[:, 2]))
 
 
 def _call(
@@ -232,8 +236,6 @@ def _call(
     return run(arrays)
 
 
-def _tiles(q: Array, score: Any) -> Tiles:
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return tiles_of(kind, q.shape[-1], q.dtype.itemsize, _is_yat(score) and not score.spherical)
+def _tiles(q: Array, score: Score) -> Tiles:
+    squares = isinstance(score, YatScore) and not score.spherical
+    return tiles_of(device().kind, q.shape[-1], q.dtype.itemsize, squares)
