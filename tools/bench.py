@@ -82,6 +82,7 @@ flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "bfloat16 by default, 
 flags.DEFINE_integer("rows", 0, "of x (dense; 0: 8192, on a CPU 1024)", flag_values=FLAGS, lower_bound=0)
 flags.DEFINE_integer("width", 0, "of x (dense; 0: 768, on a CPU 256)", flag_values=FLAGS, lower_bound=0)
 flags.DEFINE_integer("hidden", 0, "units (dense; 0: 4 x width)", flag_values=FLAGS, lower_bound=0)
+flags.DEFINE_bool("biases", True, "linear maps have biases (dense)", flag_values=FLAGS)
 flags.DEFINE_list("lengths", [], "of attention (512 ... 65536, on a CPU to 2048)", flag_values=FLAGS)
 flags.DEFINE_integer("heads", 12, "of attention, each 64 wide", flag_values=FLAGS, lower_bound=1)
 flags.DEFINE_list("sizes", [], "of models (step; 124m, on a CPU tiny)", flag_values=FLAGS)

@@ -171,7 +171,8 @@ def said_of(compiled: Any, cycles: bool) -> Row:
     """Return sizes and counts of a compiled program.
 
     `flops` are those of products and convolutions, loops times their trips, and `compiler_flops` XLA's own count of
-    everything, with loop bodies once; `uncounted` are custom calls, which neither knows.
+    everything, with loop bodies once; `uncounted` are custom calls, which neither knows and whose cycles are nobody's;
+    what kernels among them state of themselves is `kernel_flops` and `kernel_bytes`.
     """
     from aether.plan.counts import count
     from aether.plan.read import parse
@@ -186,6 +187,8 @@ def said_of(compiled: Any, cycles: bool) -> Row:
         flops=counts.flops,
         compiler_flops=compiled.cost_analysis().get("flops"),
         uncounted=dict(counts.uncounted),
+        kernel_flops=counts.kernel_flops or None,
+        kernel_bytes=counts.kernel_bytes or None,
     )
     return row | (dict(cycles=counts.cycles, hbm_bytes=counts.hbm_bytes) if cycles else {})
 
@@ -247,6 +250,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens_per_second": ("tokens/s", lambda x: f"{x:.0f}"),
     "mfu": ("MFU", lambda x: f"{100 * x:.1f} %"),
     "uncounted": ("uncounted calls", lambda x: ", ".join(f"{n} {name}" for name, n in x.items())),
+    "kernel_flops": ("GFLOP stated by kernels", lambda x: f"{x / 1e9:.2f}"),
+    "kernel_bytes": ("HBM MiB stated by kernels", lambda x: f"{x / MIB:.0f}"),
     "note": ("note", str),
 }
 

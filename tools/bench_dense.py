@@ -14,18 +14,17 @@ UNITS: dict[str, dict[str, Any]] = {
 
 
 def tables(args: Any, where: Where) -> Iterator[tuple[str, list[Contender]]]:
-    """Yield the one table: rows × width → hidden → width, parameters in float32, no bias in a linear map."""
+    """Yield the one table: rows × width → hidden → width, parameters in float32."""
     small = where.on_cpu
     rows, width = args.rows or (1024 if small else 8192), args.width or (256 if small else 768)
     hidden, dtype = args.hidden or 4 * width, args.dtype or ("float32" if small else "bfloat16")
-    yield (
-        f"dense: {rows} x {width} -> {hidden} -> {width}, {dtype}",
-        list(contenders(rows, width, hidden, dtype)),
-    )
+    biases = "" if args.biases else ", no biases in linear maps"
+    title = f"dense: {rows} x {width} -> {hidden} -> {width}, {dtype}{biases}"
+    yield title, list(contenders(rows, width, hidden, dtype, args.biases))
 
 
-def contenders(rows: int, width: int, hidden: int, dtype: str) -> Iterator[Contender]:
-    """Yield the usual block, the ⵟ ones, nmn's, and the block's matrix products alone."""
+def contenders(rows: int, width: int, hidden: int, dtype: str, biases: bool) -> Iterator[Contender]:
+    """Yield the usual block by flax, the ⵟ ones, nmn's, and the block's matrix products alone."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -33,13 +32,12 @@ def contenders(rows: int, width: int, hidden: int, dtype: str) -> Iterator[Conte
     from aether import nn
 
     x = jax.ShapeDtypeStruct((rows, width), dtype)
-    r = nnx.Rngs(0)
-    linear = partial(nn.Linear, use_bias=False, dtype=dtype, rngs=r)
-    two = nnx.Sequential
+    both: dict[str, Any] = dict(rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
+    flax = partial(nnx.Linear, use_bias=biases, **both)
+    ours: dict[str, Any] = both | dict(dtype=dtype)
 
     def usual() -> Any:
-        norm = nn.LayerNorm(width, use_bias=False, dtype=dtype)
-        return nnx.Sequential(norm, linear(width, hidden), jax.nn.gelu, linear(hidden, width))
+        return nnx.Sequential(nnx.LayerNorm(width, **both), flax(width, hidden), jax.nn.gelu, flax(hidden, width))
 
     def keeping_dots(block: Any, x: Any) -> Any:
         graph, params = nnx.split(block)
@@ -47,18 +45,20 @@ def contenders(rows: int, width: int, hidden: int, dtype: str) -> Iterator[Conte
         return run(params, x)
 
     def pair(**options: Any) -> Any:
-        return two(nn.YatNMN(width, hidden, dtype=dtype, rngs=r, **options), linear(hidden, width))
+        unit = nn.YatNMN(width, hidden, **ours, **options)
+        return nnx.Sequential(unit, nn.Linear(hidden, width, use_bias=biases, **ours))
 
     yield of_module("LayerNorm, Linear, GELU, Linear", usual, x)
     yield of_module("the same, jax.checkpoint saves dots", usual, x, call=keeping_dots)
     for name, options in UNITS.items():
         yield of_module(f"YatNMN {name}, Linear", partial(pair, **options), x)
-    if hasattr(nn, "YatMLP"):
-        for name, options in UNITS.items():
-            fused = partial(nn.YatMLP, width, hidden, out_bias=False, dtype=dtype, rngs=r, **options)
-            yield of_module(f"YatMLP {name}", fused, x)
+        if hasattr(nn, "YatMLP"):
+            yield of_module(f"YatMLP {name}", partial(nn.YatMLP, width, hidden, out_bias=biases, **ours, **options), x)
     if theirs := nmn():
-        for name, fused in (("", False), (", fused", True)):
-            layer = partial(theirs.YatNMN, width, hidden, fused=fused, dtype=jnp.dtype(dtype), rngs=r)
-            yield of_module(f"nmn YatNMN{name}, Linear", lambda layer=layer: two(layer(), linear(hidden, width)), x)
-    yield of_module("the six products alone", lambda: two(linear(width, hidden), linear(hidden, width)), x)
+        for name, fused in (("", False), (" fused", True)):
+            layer = partial(theirs.YatNMN, width, hidden, fused=fused, **both)
+            yield of_module(f"nmn YatNMN{name}, Linear", lambda f=layer: nnx.Sequential(f(), flax(hidden, width)), x)
+    products = partial(nnx.Linear, use_bias=False, **both)
+    yield of_module(
+        "the six products alone", lambda: nnx.Sequential(products(width, hidden), products(hidden, width)), x
+    )

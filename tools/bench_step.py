@@ -34,11 +34,11 @@ def config_of(kind: str, size: str, args: Any) -> Config:
 
 def stepper(config: Config) -> Callable[[Where], Program]:
     """Return how the step is compiled."""
-    return lambda where: compiled(config, where)
+    return lambda where: compiled(config, where.mesh)
 
 
-def compiled(config: Config, where: Where) -> Program:
-    """Compile the trainer's own step for one device; `saved` is what its loss keeps for the backward pass."""
+def compiled(config: Config, mesh: Any) -> Program:
+    """Compile the trainer's own step for a mesh; `saved` is what its loss keeps for the backward pass."""
     import jax
     from flax import nnx
 
@@ -48,7 +48,6 @@ def compiled(config: Config, where: Where) -> Program:
     from aether.train.flops import flops_per_token, peak_flops
     from aether.train.setup import batch_shapes, compile_step, describe_state
 
-    mesh = where.mesh
     loss = bound_loss(LOSSES["lm"], config.train.loss_chunk, config.train.z_loss)
     graph, make, like = describe_state(config, mesh)
     program = compile_step(config, graph, loss, like, mesh)
@@ -72,7 +71,7 @@ def compiled(config: Config, where: Where) -> Program:
 
     def more(ms: float) -> Row:
         rate = config.data.batch_size * config.data.context / ms * 1e3
-        peak = peak_flops([where.device])
+        peak = peak_flops(list(mesh.devices.flat))
         mfu = rate * flops_per_token(config, like.params) / peak if peak else None
         return dict(tokens_per_second=rate, mfu=mfu)
 

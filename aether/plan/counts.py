@@ -30,13 +30,16 @@ class Counts:
     """What one device does in a step.
 
     `flops` are those of matrix products and convolutions; `cycles` and `hbm_bytes` are None where nothing is known;
-    `uncounted` are custom calls, target -> runs, whose FLOPs are not known.
+    `uncounted` are custom calls, target -> runs, whose FLOPs are not known to the compiler; `kernel_flops` and
+    `kernel_bytes` are what those that are Pallas kernels state of themselves (`pl.CostEstimate`), apart from the rest.
     """
 
     flops: int = 0
     cycles: int | None = None
     hbm_bytes: int | None = 0
     uncounted: Counter[str] = field(default_factory=Counter)
+    kernel_flops: int = 0
+    kernel_bytes: int = 0
 
 
 def count(module: Module) -> Counts:
@@ -48,6 +51,9 @@ def count(module: Module) -> Counts:
             counts.flops += visit.times * flops(i, visit.computation)
         if i.opcode == "custom-call" and i.attribute("custom_call_target").strip('"') not in PLACEHOLDERS:
             counts.uncounted[i.attribute("custom_call_target").strip('"')] += visit.times
+            stated = i.stated_cost()
+            counts.kernel_flops += visit.times * stated[0]
+            counts.kernel_bytes += visit.times * stated[1]
         if not visit.fused:
             moved += visit.times * traffic(visit, module)
             estimate = i.estimated_cycles()

@@ -87,6 +87,11 @@ class Instruction:
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found.group(1)) if found else 0
 
+    def stated_cost(self) -> tuple[int, int]:
+        """Return the FLOPs and the bytes of HBM that a Pallas kernel for TPUs states of one run, or zeros."""
+        found = re.search(r'"cost_estimate":\{"flops":"(\d+)",.*?"bytes_accessed":"(\d+)"', self.attributes)
+        return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+
 
 @dataclass
 class Computation:
