@@ -51,7 +51,8 @@ from tools import (
     bench_stack,
     bench_step,
 )
-from tools.bench_compare import measured, table
+from tools.bench_compare import measured
+from tools.bench_table import table
 from tools.bench_where import PLATFORMS, absent, here, machine
 
 TABLES: dict[str, Callable[..., Any]] = dict(
@@ -66,7 +67,7 @@ LINES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = dict(
     startup=lambda args: iter([bench_stack.startup(args)]),
     reader=lambda args: iter([bench_stack.reader(args)]),
     decode=lambda args: iter([bench_stack.decode(args)]),
-    layers=lambda args: bench_layers.rows(args.rounds),
+    layers=lambda args: bench_layers.rows(here(args.backend, args.memory), args.rounds),
     save=lambda args: bench_save.rows(args.mb, args.rounds),
 )
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from tools.bench_where import Where
 
-MIB = 2**20
 SAMPLE = 0.02  # seconds that a timed sample lasts at least: shorter calls are repeated
 LONG = 1.0  # seconds of a call that what ran before it does not change
 Row = dict[str, Any]
@@ -24,12 +23,14 @@ Row = dict[str, Any]
 class Program:
     """A compiled contender.
 
-    `saved`: see `saved_bytes`; `start` puts random inputs on the device and returns a call of the program, whose
-    results are to be waited for; `more` turns its milliseconds into further columns.
+    `saved` are its `saved_bytes`, `beside` those without arguments; `start` puts random inputs on the device and
+    returns a call of the program, whose results are to be waited for; `more` turns its milliseconds into further
+    columns.
     """
 
     compiled: Any
     saved: int
+    beside: int
     start: Callable[[], Callable[[], Any]]
     more: Callable[[float], Row] = lambda ms: {}
 
@@ -91,13 +92,13 @@ def compiled(f: Callable[..., Any], params: Any, inputs: Sequence[Any], where: W
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), (params, tuple(inputs), y)
         )
         program = jax.jit(both).lower(*shapes).compile()
-        saved = saved_bytes(f, params, *inputs)
+        saved, beside = (saved_bytes(f, params, *inputs, given=given) for given in (True, False))
 
     def start() -> Callable[[], Any]:
         arrays = jax.jit(lambda key: drawn(*shapes, key), out_shardings=whole)(jax.random.key(0))
         return lambda: program(*arrays)
 
-    return Program(program, saved, start)
+    return Program(program, saved, beside, start)
 
 
 def drawn(params: Any, inputs: Any, g: Any, key: Any) -> Any:
@@ -114,17 +115,18 @@ def drawn(params: Any, inputs: Any, g: Any, key: Any) -> Any:
     return params, *rest
 
 
-def saved_bytes(f: Callable[..., Any], *args: Any) -> int:
+def saved_bytes(f: Callable[..., Any], *args: Any, given: bool = True) -> int:
     """Return the bytes kept from forward to backward: the leaves of the function that `jax.vjp(f, *args)` returns.
 
-    Arguments that it keeps are among them, parameters and inputs alike. An array counts once, be it kept twice or an
-    argument as well: two leaves are one array if they are the same object while f is traced.
+    Arguments that it keeps are among them, parameters and inputs alike, unless `given` is False. An array counts once,
+    be it kept twice or an argument as well: two leaves are one array if they are the same object while f is traced.
     """
     import jax
 
     def kept(*args: Any) -> list[Any]:
         leaves = [x for x in jax.tree.leaves(jax.vjp(f, *args)[1]) if hasattr(x, "dtype")]
-        return list({id(x): x for x in leaves}.values())
+        left_out = {id(x) for x in jax.tree.leaves(args) if not given}
+        return list({id(x): x for x in leaves if id(x) not in left_out}.values())
 
     return sum(x.size * x.dtype.itemsize for x in jax.eval_shape(kept, *args))
 
@@ -164,7 +166,8 @@ def described(contender: Contender, where: Where) -> tuple[Row, Program | None]:
         if said is None:
             raise
         return dict(memory_bytes=said[0]), None
-    return dict(saved_bytes=program.saved) | said_of(program.compiled, bool(where.topology)), program
+    sizes = dict(saved_bytes=program.saved, beside_bytes=program.beside)
+    return sizes | said_of(program.compiled, bool(where.topology)), program
 
 
 def said_of(compiled: Any, cycles: bool) -> Row:
@@ -236,33 +239,6 @@ def sample(call: Callable[[], Any], length: float) -> float:
 def ratios(times: Sequence[Sequence[float]]) -> list[float]:
     """Return the median over the rounds (rows of `times`) of each contender's time by the first one's."""
     return [statistics.median(row[k] / row[0] for row in times) for k in range(len(times[0]))]
-
-
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "ms": ("ms", lambda x: f"{x:.2f}"),
-    "cycles": ("M cycles", lambda x: f"{x / 1e6:.3f}"),
-    "ratio": ("ratio", lambda x: f"{x:.2f}"),
-    "saved_bytes": ("saved MiB", lambda x: f"{x / MIB:.1f}"),
-    "temp_bytes": ("temp MiB", lambda x: f"{x / MIB:.1f}"),
-    "flops": ("GFLOP of products", lambda x: f"{x / 1e9:.2f}"),
-    "compiler_flops": ("GFLOP, loops once", lambda x: f"{x / 1e9:.2f}"),
-    "hbm_bytes": ("HBM traffic MiB", lambda x: f"{x / MIB:.0f}"),
-    "tokens_per_second": ("tokens/s", lambda x: f"{x:.0f}"),
-    "mfu": ("MFU", lambda x: f"{100 * x:.1f} %"),
-    "uncounted": ("uncounted calls", lambda x: ", ".join(f"{n} {name}" for name, n in x.items())),
-    "kernel_flops": ("GFLOP stated by kernels", lambda x: f"{x / 1e9:.2f}"),
-    "kernel_bytes": ("HBM MiB stated by kernels", lambda x: f"{x / MIB:.0f}"),
-    "note": ("note", str),
-}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return rows as a Markdown table; columns in which nobody has anything are left out."""
-    keys = [k for k in COLUMNS if any(row.get(k) not in (None, {}) for row in rows)]
-    lines = [["", *(COLUMNS[k][0] for k in keys)], ["---", *("---:" for _ in keys)]]
-    for row in rows:
-        lines.append([row["name"], *("–" if row.get(k) is None else COLUMNS[k][1](row[k]) for k in keys)])
-    return "\n".join(["", f"**{rows[0]['table']}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def nmn() -> Any:

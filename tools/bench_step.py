@@ -56,7 +56,8 @@ def compiled(config: Config, mesh: Any) -> Program:
         return loss(nnx.merge(graph, params), batch, None)[0]
 
     with jax.set_mesh(mesh):
-        saved = saved_bytes(total, like.params, batch_shapes(config, mesh))
+        shapes = like.params, batch_shapes(config, mesh)
+        saved, beside = (saved_bytes(total, *shapes, given=given) for given in (True, False))
 
     def start() -> Callable[[], Any]:
         state = jax.jit(make, out_shardings=parallel.shardings(like, mesh, config.mesh))()
@@ -75,7 +76,7 @@ def compiled(config: Config, mesh: Any) -> Program:
         mfu = rate * flops_per_token(config, like.params) / peak if peak else None
         return dict(tokens_per_second=rate, mfu=mfu)
 
-    return Program(program, saved, start, more)
+    return Program(program, saved, beside, start, more)
 
 
 def random_batch(config: Config, mesh: Any) -> Any:

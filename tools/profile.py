@@ -74,12 +74,7 @@ def main(args: flags.FlagValues) -> None:
     module = parse(program.compiled.as_text())
     names = {i.name: i for c in module.computations.values() for i in c.instructions.values()}
     known = {name: i.op_name for name, i in names.items() if i.opcode not in INSIDE}
-    operations = summed(events(folder), known)
-    if not operations:
-        raise AetherError(
-            f"The trace in {folder} holds no operations of the step on {mesh.devices.flat[0].device_kind}, so there is "
-            "nothing to sum; look at it with xprof."
-        )
+    operations = checked(summed(events(folder), known), folder, mesh.devices.flat[0].device_kind)
     print(report(operations, args.steps, args.top, ms))
     print(f"\ntrace: {folder}")
 
@@ -127,6 +122,16 @@ def summed(found: Iterable[tuple[str, float]], known: dict[str, str]) -> list[Op
             operation.runs += 1
             operation.ms += ms
     return sorted(operations.values(), key=lambda o: -o.ms)
+
+
+def checked(operations: list[Operation], folder: str, kind: str) -> list[Operation]:
+    """Return the operations; if there are none the trace holds nothing to sum, which is an error."""
+    if not operations:
+        raise AetherError(
+            f"The trace in {folder} holds no operations of the step on {kind}, so that there is nothing to sum; "
+            "look at it with xprof or TensorBoard."
+        )
+    return operations
 
 
 def report(operations: list[Operation], steps: int, top: int, ms: float) -> str:

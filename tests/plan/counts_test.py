@@ -129,3 +129,15 @@ def test_custom_calls_are_named_unless_they_do_nothing():
         '  ROOT %n = f32[8]{0} custom-call(%k), custom_call_target="AllocateBuffer"'
     )
     assert dict(count(module(body)).uncounted) == {"tpu_custom_call": 1}
+
+
+def test_what_a_kernel_states_of_itself_is_counted_apart():
+    config = (
+        '{"custom_call_config":{"body":"x","cost_estimate":{"flops":"70","transcendentals":"3","bytes_accessed":"11"}}}'
+    )
+    body = f"""  %a = f32[4]{{0}} parameter(0)
+  %k = f32[4]{{0}} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={config}
+  ROOT %l = f32[4]{{0}} custom-call(%k), custom_call_target="other" """
+    counts = count(module(body))
+    assert (counts.kernel_flops, counts.kernel_bytes, counts.flops) == (70, 11, 0)
+    assert counts.uncounted == {"tpu_custom_call": 1, "other": 1}
