@@ -16,17 +16,18 @@ python -m tools.bench --what=decode     decoding with the key/value cache agains
 python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
 python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
 
-The rows of the issue on kernels:
+The rows of the issue on kernels, each by one command:
 
-python -m tools.bench --what=dense --compile_only=v5e:2x2                                  cycles, bytes kept
-python -m tools.bench --what=step --sizes=124m --compile_only=v5e:1x1                      cycles, temporary HBM
-python -m tools.bench --what=attention --lengths=2048 --dtype=float32 --backend=cpu        against nmn and dot product
-python -m tools.bench --what=attention --lengths=4096,16384 --backend=gpu --only=cuDNN|auto  against cuDNN
-python -m tools.bench --what=step --sizes=350m --backend=gpu                               MFU
-python -m tools.bench --what=conv --backend=cpu                                            against BatchNorm
+python -m tools.bench --what=dense --compile_only=v5e:2x2                                   cycles, bytes kept
+python -m tools.bench --what=step --sizes=124m --compile_only=v5e:1x1                       cycles, temporary HBM
+python -m tools.bench --what=attention --lengths=2048 --dtype=float32 --backend=cpu         nmn, XLA's dot product
+python -m tools.bench --what=attention --lengths=4096,16384 --backend=gpu --only=auto       cuDNN
+python -m tools.bench --what=step --sizes=350m --backend=gpu                                MFU
+python -m tools.bench --what=conv --backend=cpu                                             BatchNorm
 
-`saved` are the bytes kept from forward to backward (tools.bench_compare.saved_bytes), `temp` the program's scratch
-memory. A contender that needs more memory than there is (nine tenths of what is free, or --memory) is listed, not run.
+Ratios are to the first row of a table. `saved` are the bytes kept from forward to backward
+(`tools.bench_compare.saved_bytes`), `temp` the program's scratch memory; FLOPs of products count loops with their trips.
+A contender that needs more memory than there is (nine tenths of what is free, or --memory) is listed and not run.
 """
 
 import json

@@ -1,10 +1,11 @@
 """The forms of `python -m tools.bench --what=linear`: linear ⵟ-attention against exact attention, by length."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from tools.bench_attention import WIDTH, ours, products, shapes
-from tools.bench_compare import Contender, nmn, of_function
+from tools.bench_compare import Contender, Program, compiled, nmn
 from tools.bench_where import Where
 
 FEATURES = 321  # 1 + 64 and 256 anchors or products
@@ -21,6 +22,16 @@ def tables(args: Any, where: Where) -> Iterator[tuple[str, list[Contender]]]:
 
 def linear(shape: Any) -> Iterator[Contender]:
     """Yield `YatLinearAttention` without its linear maps: fitted anchors, whose gradient is made too, and Taylor's."""
+    for kind, name in (("anchored", "fitted"), ("taylor", "Taylor")):
+        make = partial(layer, kind, shape)
+        yield Contender(
+            f"ⵟ linear, {name}, {FEATURES} features",
+            lambda where, make=make: compiled(*make(), [shape] * 3, where),
+        )
+
+
+def layer(kind: str, shape: Any) -> tuple[Callable[..., Any], Any]:
+    """Return (anchors, q, k, v) -> what the layer of these features attends to, and the shapes of the anchors."""
     import jax
     from flax import nnx
 
@@ -29,30 +40,34 @@ def linear(shape: Any) -> Iterator[Contender]:
     from aether.nn import YatLinearAttention
 
     heads, dtype = shape.shape[2], str(shape.dtype)
-    options: dict[str, Any] = dict(num_features=FEATURES, dtype=dtype, rngs=nnx.Rngs(0))
-    for kind, name in (("anchored", "fitted"), ("taylor", "Taylor")):
-        layer = YatLinearAttention(heads * WIDTH, heads, features=kind, **options)
+    made = YatLinearAttention(
+        heads * WIDTH, heads, features=kind, num_features=FEATURES, dtype=dtype, rngs=nnx.Rngs(0)
+    )  # fmt: skip
 
-        def run(anchors: Any, q: Any, k: Any, v: Any, layer: Any = layer) -> Any:
-            if anchors:
-                layer = nnx.merge(*nnx.split(layer))
-                layer.anchors = nnx.Param(anchors[0])
-            phi, floor = layer.feature_map()
-            start = init_state(1, heads, FEATURES, WIDTH)
-            return stream(phi, start, unit(q), unit(k), v, block=layer.block, chunk=layer.chunk, floor=floor)[0]
+    def run(anchors: Any, q: Any, k: Any, v: Any) -> Any:
+        own = nnx.clone(made)
+        if anchors:
+            own.anchors = nnx.Param(anchors[0])
+        phi, floor = own.feature_map()
+        start = init_state(1, heads, FEATURES, WIDTH)
+        return stream(phi, start, unit(q), unit(k), v, block=own.block, chunk=own.chunk, floor=floor)[0]
 
-        anchors = () if layer.anchors is None else (jax.ShapeDtypeStruct(layer.anchors.shape, "float32"),)
-        yield of_function(f"ⵟ linear, {name}, {FEATURES} features", run, anchors, shape, shape, shape)
+    return run, () if made.anchors is None else (jax.ShapeDtypeStruct(made.anchors.shape, "float32"),)
 
 
 def theirs(shape: Any) -> Iterator[Contender]:
     """Yield nmn's linear attention with about as many features."""
-    import jax
+    library = nmn()
 
-    if library := nmn():
+    def make(where: Where) -> Program:
+        import jax
+
         projection = library.create_yat_tp_projection(jax.random.key(0), WIDTH, **NMN)
 
         def run(_: Any, q: Any, k: Any, v: Any) -> Any:
             return library.yat_tp_attention(q, k, v, projection, causal=True)
 
-        yield of_function("ⵟ linear, nmn, 320 features", run, (), shape, shape, shape)
+        return compiled(run, (), [shape] * 3, where)
+
+    if library:
+        yield Contender("ⵟ linear, nmn, 320 features", make)
