@@ -26,7 +26,7 @@ python -m tools.bench --what=step --sizes=350m --backend=gpu                    
 python -m tools.bench --what=conv --backend=cpu                                             BatchNorm
 
 Ratios are to the first row of a table. `saved` are the bytes kept from forward to backward
-(`tools.bench_compare.saved_bytes`), `temp` the program's scratch memory; FLOPs of products count loops with their trips.
+(`tools.bench_compare.saved_bytes`), `temp` the program's scratch memory; FLOPs of products count loops by their trips.
 A contender that needs more memory than there is (nine tenths of what is free, or --memory) is listed and not run.
 """
 

@@ -59,9 +59,8 @@ def of_module(name: str, make: Callable[[], Any], *inputs: Any, call: Callable[.
         graph, params, rest = nnx.split(make(), nnx.Param, ...)
 
         def f(params: Any, *inputs: Any) -> Any:
-            module = nnx.merge(
-                graph, params, jax.tree.map(lambda x: x, rest)
-            )  # statistics may be set: they are its own
+            own = jax.tree.map(lambda x: x, rest)  # new variables, as the call may set statistics
+            module = nnx.merge(graph, params, own)
             return call(module, *inputs) if call else module(*inputs)
 
         return f, jax.eval_shape(lambda: params)
@@ -141,15 +140,16 @@ def measured(title: str, contenders: Sequence[Contender], where: Where, rounds: 
         row = dict(table=title, name=contender.name, **row)
         need = held + row["memory_bytes"]
         if need > where.memory:
-            row["note"] = f"not run: needs {need / 2**30:.1f} GiB, and the limit is {where.memory / 2**30:.1f}"
+            what = "does not fit" if where.topology else "not run"
+            row["note"] = f"{what}: needs {need / 2**30:.1f} GiB, and the limit is {where.memory / 2**30:.1f}"
             program = None
         elif not where.topology and program:
             held += row["argument_bytes"]
         programs.append((row, program))
     if where.topology:
-        first = programs[0][0].get("cycles")
-        for row, _ in programs:
-            row["ratio"] = row["cycles"] / first if first and row.get("cycles") else None
+        whole = [None if row.get("uncounted") else row.get("cycles") for row, _ in programs]
+        for (row, _), cycles in zip(programs, whole, strict=True):
+            row["ratio"] = cycles / whole[0] if cycles and whole[0] else None  # none where cycles are missing
     else:
         add_times(title, programs, rounds)
     return [row for row, _ in programs]

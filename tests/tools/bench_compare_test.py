@@ -114,3 +114,18 @@ def test_without_nmn_its_rows_are_left_out(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "nmn", None)
     assert bench_compare.nmn() is None
     assert "aether[parity]" in capsys.readouterr().err
+
+
+def test_cycles_are_compared_only_where_they_are_whole(monkeypatch):
+    """A kernel's cycles are nobody's, and a program that does not fit has none."""
+    said = {
+        "a": dict(cycles=200, memory_bytes=10, uncounted={}),
+        "kernel": dict(cycles=3, memory_bytes=10, uncounted={"tpu_custom_call": 1}),
+        "large": dict(memory_bytes=2**31),
+        "b": dict(cycles=100, memory_bytes=10, uncounted={}),
+    }
+    monkeypatch.setattr(bench_compare, "described", lambda contender, where: (dict(said[contender.name]), None))
+    tpu = Where(jax.devices("cpu")[0], "v5e:1x1", 2**30)
+    rows = measured("t", [Contender(name, None) for name in said], tpu, 1)
+    assert [row["ratio"] for row in rows] == [1.0, None, None, 0.5]
+    assert rows[2]["note"] == "does not fit: needs 2.0 GiB, and the limit is 1.0"
