@@ -141,3 +141,16 @@ def test_what_a_kernel_states_of_itself_is_counted_apart():
     counts = count(module(body))
     assert (counts.kernel_flops, counts.kernel_bytes, counts.flops) == (70, 11, 0)
     assert counts.uncounted == {"tpu_custom_call": 1, "other": 1}
+
+
+def test_a_kernel_with_metadata_on_lines_of_its_own_ends_nothing():
+    """As JAX's splash attention writes it: what follows was lost."""
+    body = """  %a = f32[4,4]{1,0} parameter(0)
+  %k = f32[4,4]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(f)/attention/pallas_call"}
+  ROOT %d = f32[4,4]{1,0} dot(%k, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}"""
+    m = module(body)
+    counts = count(m)
+    assert (counts.flops, counts.uncounted) == (2 * 4**3, {"tpu_custom_call": 1})
+    assert m.computations["main"].instructions["k"].op_name == "jit(f)/attention/pallas_call"
