@@ -204,7 +204,7 @@ def add_times(title: str, programs: Sequence[tuple[Row, Program | None]], rounds
         seconds(call)  # the first call of a program is none of its times
     lengths = [seconds(call) for call in calls]
     times = []
-    for k in range(rounds):
+    for k in range(rounds if running else 0):
         begin = time.perf_counter()
         times.append([sample(call, length) for call, length in zip(calls, lengths, strict=True)])
         left = (rounds - 1 - k) * (time.perf_counter() - begin)
@@ -238,7 +238,7 @@ def sample(call: Callable[[], Any], length: float) -> float:
 
 def ratios(times: Sequence[Sequence[float]]) -> list[float]:
     """Return the median over the rounds (rows of `times`) of each contender's time by the first one's."""
-    return [statistics.median(row[k] / row[0] for row in times) for k in range(len(times[0]))]
+    return [statistics.median(row[k] / row[0] for row in times) for k in range(len(times[0]) if times else 0)]
 
 
 def nmn() -> Any:

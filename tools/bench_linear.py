@@ -44,11 +44,13 @@ def layer(kind: str, shape: Any) -> tuple[Callable[..., Any], Any]:
         heads * WIDTH, heads, features=kind, num_features=FEATURES, dtype=dtype, rngs=nnx.Rngs(0)
     )  # fmt: skip
 
+    drawn = None if made.anchors is not None else made.feature_map()  # here, not where a TPU that is absent is the mesh
+
     def run(anchors: Any, q: Any, k: Any, v: Any) -> Any:
         own = nnx.clone(made)
         if anchors:
             own.anchors = nnx.Param(anchors[0])
-        phi, floor = own.feature_map()
+        phi, floor = drawn or own.feature_map()
         start = init_state(1, heads, FEATURES, WIDTH)
         return stream(phi, start, unit(q), unit(k), v, block=own.block, chunk=own.chunk, floor=floor)[0]
 
