@@ -64,6 +64,7 @@ def test_a_backend_that_is_not_here():
     assert "--backend is gpu" in done.stderr and "no such device" in done.stderr
 
 
+@pytest.mark.slow
 def test_real_tables(monkeypatch, capsys):
     """Of each group our first row and the baseline, all forward and backward, as JSON."""
     monkeypatch.setattr(bench_conv, "STAGES", ((4, 8),))
