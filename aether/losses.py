@@ -35,10 +35,11 @@ def lm(
     """
     inputs = {k: batch[k][:, :-1] for k in ("tokens", "segments", "positions")}
     hidden, _ = model(inputs["tokens"], segments=inputs["segments"], positions=inputs["positions"], key=key)
-    kernel = model.head_kernel().astype(hidden.dtype)
     mask = batch["mask"].astype(jnp.float32)
     targets = batch["tokens"][:, 1:]
-    total, nll, correct = cross_entropy(chunk, z_loss, model.vocab, hidden, kernel, targets, mask)
+    with jax.named_scope("head"):
+        kernel = model.head_kernel().astype(hidden.dtype)
+        total, nll, correct = cross_entropy(chunk, z_loss, model.vocab, hidden, kernel, targets, mask)
     return total, dict(nll=nll, correct=correct, weight=jnp.sum(mask))
 
 

@@ -2,18 +2,19 @@
 
 python -m tools.attention                    both tables
 python -m tools.attention --what=memory      from the compiler's plan; nothing is run
-python -m tools.attention --what=time        medians of interleaved pairs
+python -m tools.attention --what=time        medians of interleaved pairs; more contenders: python -m tools.bench
 """
 
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from absl import flags
 
 from launch import cli
+from tools.bench_compare import ratios, seconds
 
 FLAGS = cli.new_flags()
 flags.DEFINE_enum("what", "all", ["all", "memory", "time"], "what to measure", flag_values=FLAGS)
@@ -57,9 +58,11 @@ def durations(args: flags.FlagValues) -> Iterator[tuple[Any, ...]]:
         forms = [compiled(score, impl, length, args.heads, args) for impl in IMPLS]
         shape = (1, length, args.heads, WIDTH)
         arrays = [jax.random.normal(key, shape).astype(args.dtype) for key in jax.random.split(jax.random.key(0), 4)]
-        pairs = [[seconds(f, arrays) for f in forms] for _ in range(args.rounds + 1)][1:]  # the first warms up
+        pairs = [[seconds(partial(f, *arrays)) for f in forms] for _ in range(args.rounds + 1)][
+            1:
+        ]  # the first warms up
         medians = [1e3 * statistics.median(column) for column in zip(*pairs, strict=True)]
-        yield score, length, *medians, statistics.median(b / a for a, b in pairs)
+        yield score, length, *medians, ratios(pairs)[1]
 
 
 def compiled(score: str, impl: str, length: int, heads: int, args: flags.FlagValues) -> Any:
@@ -82,15 +85,6 @@ def compiled(score: str, impl: str, length: int, heads: int, args: flags.FlagVal
 
     shape = jax.ShapeDtypeStruct((1, length, heads, WIDTH), args.dtype)
     return jax.jit(run).lower(shape, shape, shape, shape).compile()
-
-
-def seconds(f: Callable[..., Any], arrays: list[Any]) -> float:
-    """Return how long one call takes until its results are there."""
-    import jax
-
-    begin = time.perf_counter()
-    jax.block_until_ready(f(*arrays))
-    return time.perf_counter() - begin
 
 
 def print_table(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> None:

@@ -1,216 +1,156 @@
 """Measure what the README claims about speed; each figure is printed with what it is to be compared with.
 
-python -m tools.bench --what=loop      the training loop against the bare jitted step on the same batches
-python -m tools.bench --what=startup   from the command to the first step of the quickstart, cold and warm
-python -m tools.bench --what=reader    tokens a second of the data reader alone
-python -m tools.bench --what=decode    decoding with the key/value cache against recomputing
-python -m tools.bench --what=layers    each ⵟ layer against the usual one: operations, bytes kept for backward, time
-python -m tools.bench --what=save      what the steps lose to a save in the background, by ways to copy the state
+python -m tools.bench --what=dense      ⵟ → Linear against LayerNorm → Linear → GELU → Linear, and nmn's layer
+python -m tools.bench --what=conv       ⵟ-convolution against Conv → BatchNorm → ReLU, and nmn's
+python -m tools.bench --what=attention  ⵟ-attention against dot-product attention, and nmn's, by length
+python -m tools.bench --what=linear     linear attention against both, by length
+python -m tools.bench --what=step       the whole training step of AetherGPT and GPT-2, by size
+python -m tools.bench                   all of these: forward and backward, time, memory, operations; --json for JSON
+  --compile_only=v5e:2x2                cycles, memory and traffic by that TPU's compiler instead of times; needs no TPU
+  --backend=cpu|gpu|tpu                 which of this machine's devices
+
+python -m tools.bench --what=loop       the training loop against the bare jitted step on the same batches
+python -m tools.bench --what=startup    from the command to the first step of the quickstart, cold and warm
+python -m tools.bench --what=reader     tokens a second of the data reader alone
+python -m tools.bench --what=decode     decoding with the key/value cache against recomputing
+python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
+python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
+
+The rows of the issue on kernels, each by one command:
+
+python -m tools.bench --what=dense --compile_only=v5e:2x2                                   cycles, bytes kept
+python -m tools.bench --what=step --sizes=124m --compile_only=v5e:1x1                       cycles, temporary HBM
+python -m tools.bench --what=attention --lengths=2048 --dtype=float32 --backend=cpu         nmn, XLA's dot product
+python -m tools.bench --what=attention --lengths=4096,16384 --backend=gpu --only=auto       cuDNN
+python -m tools.bench --what=step --sizes=350m --backend=gpu                                MFU
+python -m tools.bench --what=conv --backend=cpu                                             BatchNorm
+
+Ratios are to the first row of a table. `saved` are the bytes kept from forward to backward
+(`tools.bench_compare.saved_bytes`), `temp` the program's scratch memory; FLOPs of products count loops by their trips.
+A contender that needs more memory than there is (nine tenths of what is free, or --memory) is listed and not run.
 """
 
 import json
-import os
 import re
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from absl import flags
 
+from aether.config import SIZES
 from aether.errors import InputError
 from launch import cli
-from launch.overrides import make_config
-from tools import bench_layers, bench_save
-
-FLAGS = cli.new_flags()
-flags.DEFINE_enum(
-    "what", "loop", ["loop", "startup", "reader", "decode", "layers", "save"], "what to measure", flag_values=FLAGS
+from tools import (
+    bench_attention,
+    bench_conv,
+    bench_dense,
+    bench_layers,
+    bench_linear,
+    bench_save,
+    bench_stack,
+    bench_step,
 )
-flags.DEFINE_integer("rounds", 5, "interleaved pairs", flag_values=FLAGS, lower_bound=1)
+from tools.bench_compare import measured
+from tools.bench_table import table
+from tools.bench_where import PLATFORMS, absent, here, machine
+
+TABLES: dict[str, Callable[..., Any]] = dict(
+    dense=bench_dense.tables,
+    conv=bench_conv.tables,
+    attention=bench_attention.tables,
+    linear=bench_linear.tables,
+    step=bench_step.tables,
+)
+LINES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = dict(
+    loop=lambda args: iter([bench_stack.loop(args)]),
+    startup=lambda args: iter([bench_stack.startup(args)]),
+    reader=lambda args: iter([bench_stack.reader(args)]),
+    decode=lambda args: iter([bench_stack.decode(args)]),
+    layers=lambda args: bench_layers.rows(here(args.backend, args.memory), args.rounds),
+    save=lambda args: bench_save.rows(args.mb, args.rounds),
+)
+
+FLAGS = cli.new_flags(config=True)
+flags.DEFINE_list("what", ["all"], f"{', '.join([*TABLES, *LINES])}; all: the first {len(TABLES)}", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 5, "interleaved rounds", flag_values=FLAGS, lower_bound=1)
+flags.DEFINE_enum("backend", None, list(PLATFORMS), "device to run on (JAX's choice by default)", flag_values=FLAGS)
+flags.DEFINE_string("compile_only", "", "compile for one device of this TPU topology: v5e:2x2", flag_values=FLAGS)
+flags.DEFINE_bool("json", False, "print a JSON object a row instead of tables", flag_values=FLAGS)
+flags.DEFINE_string("only", "", "regular expression of the rows wanted beside the first of a table", flag_values=FLAGS)
+flags.DEFINE_float("memory", 0, "GiB that a row may need (0: 9/10 of the free ones)", flag_values=FLAGS, lower_bound=0)
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "bfloat16 by default, on a CPU float32", flag_values=FLAGS)
+flags.DEFINE_integer("rows", 0, "of x (dense; 0: 8192, on a CPU 1024)", flag_values=FLAGS, lower_bound=0)
+flags.DEFINE_integer("width", 0, "of x (dense; 0: 768, on a CPU 256)", flag_values=FLAGS, lower_bound=0)
+flags.DEFINE_integer("hidden", 0, "units (dense; 0: 4 x width)", flag_values=FLAGS, lower_bound=0)
+flags.DEFINE_bool("biases", True, "linear maps have biases (dense)", flag_values=FLAGS)
+flags.DEFINE_list("lengths", [], "of attention (512 ... 65536, on a CPU to 2048)", flag_values=FLAGS)
+flags.DEFINE_integer("heads", 12, "of attention, each 64 wide", flag_values=FLAGS, lower_bound=1)
+flags.DEFINE_list("sizes", [], "of models (step; 124m, on a CPU tiny)", flag_values=FLAGS)
+flags.DEFINE_integer("batch", 0, "images (conv; 0: 256, on a CPU 32), sequences (step; 0: 8)", 0, flag_values=FLAGS)
+flags.DEFINE_integer("context", 0, "tokens a sequence (step; 0: the config's)", 0, flag_values=FLAGS)
 flags.DEFINE_integer("steps", 100, "training steps a round (loop)", flag_values=FLAGS, lower_bound=20)
 flags.DEFINE_list("mb", ["10", "500"], "sizes of the state in MB (save)", flag_values=FLAGS)
 
-QUICKSTART = "configs/quickstart.py"
-
 
 def main(args: flags.FlagValues) -> None:
-    """Measure one thing and print one JSON line, with `layers` and `save` several."""
-    if args.what in ("layers", "save"):
-        rows = bench_layers.rows(args.rounds) if args.what == "layers" else bench_save.rows(sizes(args), args.rounds)
-        for row in rows:
+    """Print a table, or JSON lines, for everything that --what names."""
+    options = checked(args)
+    for name in (name for name in options.what if name in LINES):
+        for row in LINES[name](options):
             print(json.dumps(row), flush=True)
-        return
-    measure: dict[str, Callable[[Any], dict[str, Any]]] = dict(loop=loop, startup=startup, reader=reader, decode=decode)
-    print(json.dumps(measure[args.what](args)), flush=True)
+    if names := [name for name in options.what if name in TABLES]:
+        compare(names, options)
 
 
-def sizes(args: flags.FlagValues) -> list[int]:
-    """Return the sizes that --mb names."""
-    for text in args.mb:
-        if not (text.isdecimal() and int(text)):
-            raise InputError(f"--mb is {','.join(args.mb)}; it takes whole numbers above 0, separated by commas.")
-    return [int(text) for text in args.mb]
+def checked(args: flags.FlagValues) -> SimpleNamespace:
+    """Return the flags with lists of numbers in place of words.
 
-
-def loop(args: flags.FlagValues) -> dict[str, Any]:
-    """Return what the loop adds to the bare step, from runs of the real loop in which each call is timed apart.
-
-    A step within the loop lasts from one call of the compiled step to the next, the bare one from the call until its
-    results are there: pairs on the same batch in the same moment, which other work on the machine slows alike.
+    Raises:
+      InputError: a word is none that the flag knows, or two flags exclude each other.
     """
-    import jax
-
-    from aether.train import loop as module
-
-    short = dict(steps=args.steps, eval_every=0, eval_batches=1, sample_tokens=0)
-    config = make_config(QUICKSTART, [f"train.{key}={value}" for key, value in short.items()])
-    start = module.start
-    calls: list[tuple[float, float]] = []
-
-    def timed_start(*words: Any) -> Any:
-        run = start(*words)
-        assert run is not None
-        step = run.step
-
-        def timed(state: Any, batch: Any) -> Any:
-            begin = time.perf_counter()
-            result = jax.block_until_ready(step(state, batch))
-            calls.append((begin, time.perf_counter() - begin))
-            return result
-
-        run.step = timed
-        return run
-
-    within, bare, waits = [], [], []
-    module.start = timed_start
+    options = SimpleNamespace(**args.flag_values_dict())
+    options.what = [name for word in args.what for name in (TABLES if word == "all" else [word])]
+    for name in options.what:
+        if name not in TABLES | LINES:
+            raise InputError(f"--what is {name!r}; it takes some of {', '.join([*TABLES, *LINES])}, or all.")
+    options.lengths, options.mb = numbers("lengths", args.lengths), numbers("mb", args.mb)
+    for size in args.sizes:
+        if size not in SIZES:
+            raise InputError(f"--sizes has {size!r}; there are {', '.join(SIZES)}.")
+    if args.backend and args.compile_only:
+        raise InputError("--backend and --compile_only are both given; give one of them.")
     try:
-        for _ in range(args.rounds):
-            calls.clear()
-            with tempfile.TemporaryDirectory() as folder:
-                module.train(config, folder)
-                lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-            waits += [line["data_wait"] for line in lines if line["split"] == "train"][10:]
-            pairs = zip(calls[10:], calls[11:], strict=False)
-            for (begin, seconds), (following, _) in pairs:
-                within.append(following - begin)
-                bare.append(seconds)
-    finally:
-        module.start = start
-    return dict(
-        what="a step within the loop / the bare jitted step, median of pairs",
-        ratio=statistics.median(a / b for a, b in zip(within, bare, strict=True)),
-        loop_ms=1e3 * statistics.median(within),
-        bare_ms=1e3 * statistics.median(bare),
-        data_wait_share=statistics.mean(waits),
-        pairs=len(bare),
-    )
+        options.only = re.compile(args.only)
+    except re.error as error:
+        raise InputError(f"--only is {args.only!r}, which is no regular expression: {error}.") from None
+    return options
 
 
-def startup(args: flags.FlagValues) -> dict[str, Any]:
-    """Return the seconds from the command to the first step of the quickstart: no cache at all, then a warm one."""
-    cold, warm = [], []
-    for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as cache:
-            cold.append(first_step(cache))
-            warm.append(first_step(cache))
-    return dict(
-        what="seconds from the command to the first step", cold=statistics.median(cold), warm=statistics.median(warm),
-        all_cold=cold, all_warm=warm,
-    )  # fmt: skip
+def numbers(flag: str, words: list[str]) -> list[int]:
+    """Return the whole numbers that a flag names."""
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise InputError(f"--{flag} is {','.join(words)}; it takes whole numbers above 0, separated by commas.")
+    return [int(word) for word in words]
 
 
-def first_step(cache: str) -> float:
-    """Start the quickstart with this cache and return the seconds until its first step is reported."""
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"AETHER_CACHE": cache}
-    command = [sys.executable, "-m", "launch.train", f"--config={QUICKSTART}", "--config.train.sample_tokens=0"]
-    with tempfile.TemporaryDirectory() as workdir:
-        begin = time.perf_counter()
-        run = subprocess.Popen(
-            [*command, f"--workdir={workdir}"], stderr=subprocess.PIPE, text=True, env=environment
-        )  # fmt: skip
-        assert run.stderr is not None
-        try:
-            for line in run.stderr:
-                if re.match(r"step 1/", line):
-                    return time.perf_counter() - begin
-            raise RuntimeError("the quickstart ended before its first step")
-        finally:
-            run.kill()
-            run.wait()
-
-
-def reader(args: flags.FlagValues) -> dict[str, Any]:
-    """Return the tokens a second that one thread reads, windows of 1024 tokens in shuffled order."""
-    import numpy as np
-
-    from aether.config import DataConfig
-    from aether.data.loader import load_corpus
-
-    config = DataConfig(context=1024, batch_size=8)
-    windows = load_corpus(config).train[0].windows
-    order = np.random.default_rng(0).permutation(len(windows))
-    rates = []
-    for _ in range(args.rounds):
-        begin = time.perf_counter()
-        for i in order:
-            windows[int(i)]
-        rates.append(len(order) * 1024 / (time.perf_counter() - begin))
-    return dict(what="tokens a second of the reader at 1024 a sequence", median=statistics.median(rates), all=rates)
-
-
-def decode(args: flags.FlagValues) -> dict[str, Any]:
-    """Return the time of 512 new tokens with the cache, and by a full forward pass over 512 positions for each."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
-    from aether.config import build
-    from aether.generate.decode import Decoder
-    from aether.models import MODELS
-
-    length = 512
-    c = build({"model": {"dtype": "float32"}}).model.resolved(257)
-    graph, params = nnx.split(MODELS[c.kind](c, length, nnx.Rngs(0)))
-    decoder = Decoder(graph, length, 256, 256)  # end of text is beyond what is drawn, so that no sample ends early
-
-    @jax.jit
-    def full(params: Any, ids: jax.Array, last: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, params)
-        hidden, _ = model(ids)
-        return jnp.argmax(model.logits(hidden[:, last][:, None])[0, -1, :256])
-
-    def cached() -> int:
-        return sum(1 for _ in decoder.stream(params, np.zeros(0, np.int32), length - 1, temperature=0.0))
-
-    def recomputed(count: int) -> None:
-        ids = np.full((1, length), 256, np.int32)
-        for i in range(count):
-            ids[0, i + 1] = int(full(params, ids, i))
-
-    cached(), recomputed(2)
-    few = 64
-    with_cache, without = [], []
-    for _ in range(args.rounds):
-        begin = time.perf_counter()
-        made = cached()
-        with_cache.append((time.perf_counter() - begin) / made)
-        begin = time.perf_counter()
-        recomputed(few)
-        without.append((time.perf_counter() - begin) / few)
-    ratios = [b / a for a, b in zip(with_cache, without, strict=True)]
-    return dict(
-        what=f"a full pass over {length} positions a token / a token with the cache",
-        ratio=statistics.median(ratios),
-        ratios=ratios,
-        cached_ms=1e3 * statistics.median(with_cache),
-        recomputed_ms=1e3 * statistics.median(without),
-    )
+def compare(names: list[str], options: SimpleNamespace) -> None:
+    """Print the tables of these groups."""
+    text, memory = options.compile_only, options.memory
+    where = absent(text, memory, options.debug) if text else here(options.backend, memory)
+    if not options.json:
+        print(", ".join(f"{k} {v}" for k, v in machine(where).items() if v), flush=True)
+    for name in names:
+        for title, contenders in TABLES[name](options, where):
+            chosen = [c for k, c in enumerate(contenders) if not k or options.only.search(c.name)]
+            rows = measured(title, chosen, where, options.rounds)
+            lines = (
+                [json.dumps(row | machine(where), ensure_ascii=False) for row in rows]
+                if options.json
+                else [table(rows)]
+            )
+            print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

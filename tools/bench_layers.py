@@ -1,67 +1,37 @@
 """The layers of `python -m tools.bench --what=layers`: each ⵟ layer beside the usual layer that it stands in for."""
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tools.bench_compare import measured, of_module
+from tools.bench_where import Where
 
 Layer = tuple[Any, Callable[[Any, Any], Any], tuple[int, ...]]  # a module, its call, and the shape of its input
 
 
-def rows(rounds: int) -> Iterator[dict[str, Any]]:
+def rows(where: Where, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield for each pair what one costs in units of the other, forward and backward.
 
     `flops` are the compiler's count; `kept` are the bytes that the backward pass needs beside the parameters and the
     input; `time` is the median of interleaved pairs.
     """
-    for name, ours, theirs in pairs():
-        costs = [cost(*ours), cost(*theirs)]
-        times = [[seconds(run) for _, _, run in costs] for _ in range(rounds + 1)][1:]  # the first warms up
+    import jax
+
+    for names, *layers in pairs():
+        contenders = [
+            of_module(name, lambda layer=layer: layer, jax.ShapeDtypeStruct(shape, "float32"), call=call)
+            for name, (layer, call, shape) in zip(names, layers, strict=True)
+        ]
+        theirs, ours = measured(names[0], contenders[::-1], where, rounds)
         yield dict(
-            layer=name[0],
-            against=name[1],
-            flops=costs[0][0] / costs[1][0],
-            kept=costs[0][1] / costs[1][1],
-            kept_kib=[round(c[1] / 1024) for c in costs],
-            time=statistics.median(a / b for a, b in times),
-            ms=[round(1e3 * statistics.median(column), 2) for column in zip(*times, strict=True)],
+            layer=names[0],
+            against=names[1],
+            flops=ours["compiler_flops"] / theirs["compiler_flops"],
+            kept=ours["beside_bytes"] / theirs["beside_bytes"],
+            kept_kib=[round(row["beside_bytes"] / 1024) for row in (ours, theirs)],
+            time=ours["ratio"],
+            ms=[round(row["ms"], 2) for row in (ours, theirs)],
         )
-
-
-def cost(layer: Any, call: Callable[[Any, Any], Any], shape: tuple[int, ...]) -> tuple[float, int, Callable[[], Any]]:
-    """Return the operations, the bytes kept for the backward pass, and a function that runs both passes."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    graph, params = nnx.split(layer)
-    x = jax.random.normal(jax.random.key(0), shape)
-
-    def forward(params: Any, x: jax.Array) -> jax.Array:
-        return call(nnx.merge(graph, params), x)
-
-    def both(params: Any, x: jax.Array) -> Any:
-        y, back = jax.vjp(forward, params, x)
-        return back(jnp.ones_like(y))
-
-    def kept(params: Any, x: jax.Array) -> Any:
-        given = {id(leaf) for leaf in jax.tree.leaves((params, x))}
-        residuals = {id(r): r for r in jax.tree.leaves(jax.vjp(forward, params, x)[1]) if hasattr(r, "nbytes")}
-        return [r for i, r in residuals.items() if i not in given]
-
-    compiled = jax.jit(both).lower(params, x).compile()
-    analysis: Any = compiled.cost_analysis()
-    size = sum(r.size * r.dtype.itemsize for r in jax.tree.leaves(jax.eval_shape(kept, params, x)))
-    return analysis["flops"], size, lambda: compiled(params, x)
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Return how long one call takes."""
-    import jax
-
-    begin = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - begin
 
 
 def pairs() -> Iterator[tuple[tuple[str, str], Layer, Layer]]:

@@ -97,11 +97,13 @@ class Block(nnx.Module):
     ) -> tuple[Array, KVCache | None]:
         """Add both branches to x (b, t, d), float32."""
         keys = (None, None) if key is None else jax.random.split(key)
-        y = self.norm1(x) if self.norm1 else x
-        y, cache = self.attention(y, is_causal=True, segments=segments, positions=positions, cache=cache)
-        x = x + _dropout(y, self.rate, keys[0])
-        y = self.mlp(self.norm2(x) if self.norm2 else x)
-        return x + _dropout(y, self.rate, keys[1]), cache
+        with jax.named_scope("attention"):
+            y = self.norm1(x) if self.norm1 else x
+            y, cache = self.attention(y, is_causal=True, segments=segments, positions=positions, cache=cache)
+            x = x + _dropout(y, self.rate, keys[0])
+        with jax.named_scope("mlp"):
+            y = self.mlp(self.norm2(x) if self.norm2 else x)
+            return x + _dropout(y, self.rate, keys[1]), cache
 
 
 def remat(block: Callable, policy: str, names: list[str]) -> Callable:
@@ -181,9 +183,10 @@ class GPT(nnx.Module):
         start = 0 if cache is None else cache.length[0]
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(t), (b, t))
-        x = looked_up(self.embed, tokens)
-        if self.position is not None:
-            x = x + looked_up(self.position, positions)
+        with jax.named_scope("embed"):
+            x = looked_up(self.embed, tokens)
+            if self.position is not None:
+                x = x + looked_up(self.position, positions)
         keys = None
         if key is not None and c.dropout:
             first, *rest = jax.random.split(key, c.layers + 1)
@@ -197,9 +200,11 @@ class GPT(nnx.Module):
             return nnx.merge(graph, params)(x, positions, segments, cache, key)
 
         body = remat(block, c.remat, c.kept_names())
-        x, cache = jax.lax.scan(body, x, (state, cache, keys), unroll=1 if c.scan_layers else c.layers)
+        with jax.named_scope("blocks"):
+            x, cache = jax.lax.scan(body, x, (state, cache, keys), unroll=1 if c.scan_layers else c.layers)
         x = activation(x)
-        return (self.norm(x) if self.norm is not None else x).astype(c.dtype), cache
+        with jax.named_scope("head"):
+            return (self.norm(x) if self.norm is not None else x).astype(c.dtype), cache
 
     def head_kernel(self) -> Array:
         """Return the (d, rows) matrix that turns hidden states into logits, float32.

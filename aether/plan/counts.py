@@ -30,8 +30,8 @@ class Counts:
     """What one device does in a step.
 
     `flops` are those of matrix products and convolutions; `cycles` and `hbm_bytes` are None where nothing is known;
-    `uncounted` are custom calls, target -> runs, whose FLOPs are not known; `stated` those that say what they do, which
-    is counted, but for their cycles.
+    `uncounted` are custom calls, target -> runs, of which nothing is known; `stated` are kernels that say what they do
+    (`pl.CostEstimate`), which is counted, but for their cycles, and stands apart in `kernel_flops` and `kernel_bytes`.
     """
 
     flops: int = 0
@@ -39,6 +39,8 @@ class Counts:
     hbm_bytes: int | None = 0
     uncounted: Counter[str] = field(default_factory=Counter)
     stated: Counter[str] = field(default_factory=Counter)
+    kernel_flops: int = 0
+    kernel_bytes: int = 0
 
 
 def count(module: Module) -> Counts:
@@ -49,9 +51,12 @@ def count(module: Module) -> Counts:
         if i.opcode in ("dot", "convolution"):
             counts.flops += visit.times * flops(i, visit.computation)
         if i.opcode == "custom-call" and i.attribute("custom_call_target").strip('"') not in PLACEHOLDERS:
-            cost = i.stated_cost()
-            counts.flops += visit.times * (cost[0] if cost else 0)
-            (counts.stated if cost else counts.uncounted)[i.attribute("custom_call_target").strip('"')] += visit.times
+            cost, target = i.stated_cost(), i.attribute("custom_call_target").strip('"')
+            (counts.stated if cost else counts.uncounted)[target] += visit.times
+            if cost:
+                counts.flops += visit.times * cost[0]
+                counts.kernel_flops += visit.times * cost[0]
+                counts.kernel_bytes += visit.times * cost[1]
         if not visit.fused:
             moved += visit.times * traffic(visit, module)
             estimate = i.estimated_cycles()

@@ -61,16 +61,22 @@ def measured(compiled: Any, like: Any, batch: Any) -> Memory:
 
 
 def refused(message: str, like: Any) -> Memory | None:
-    """Read the compiler's RESOURCE_EXHAUSTED; None if it gives no number.
-
-    It says "Used 20.1G of 15.75G hbm" of a whole program, or of what is beside the arguments, "memory required for HLO
-    temporaries (94.1G)".
-    """
+    """Read the compiler's RESOURCE_EXHAUSTED of a step; None if it gives no number."""
+    found = wanted(message)
+    if not found:
+        return None
+    said, whole = found
     parameters, state = bytes_on_device(like.params), bytes_on_device(like)
+    return Memory(parameters, state - parameters, max(said - state, 0) if whole else said, 0, 0)
+
+
+def wanted(message: str) -> tuple[int, bool] | None:
+    """Return the bytes that a refused program would need, and whether they are those of all of it.
+
+    The compiler says "Used 20.1G of 15.75G hbm" of a whole program, or of what is beside the arguments, "memory
+    required for HLO temporaries (94.1G)".
+    """
     whole = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     beside = re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds", message)
     found = whole or beside
-    if not found:
-        return None
-    said = round(float(found.group(1)) * UNITS[found.group(2)])
-    return Memory(parameters, state - parameters, max(said - state, 0) if whole else said, 0, 0)
+    return (round(float(found.group(1)) * UNITS[found.group(2)]), bool(whole)) if found else None

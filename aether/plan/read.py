@@ -18,6 +18,8 @@ def parse(text: str) -> Module:
       ValueError: there is no entry computation.
     """
     text = re.sub(r"/\*.*?\*/", "", text)
+    # That of Pallas kernels is JSON on lines of its own.
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.DOTALL)
     computations: dict[str, Computation] = {}
     entry, here = "", None
     for line in text.splitlines():

@@ -76,18 +76,20 @@ def make_step(
         batch = {k: v for k, v in batch.items() if k != STOP}
         grads, sums = accumulate(total, state.params, batch, key, config.train.accumulate)
         weight = jnp.maximum(sums["weight"], 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        grad_norm = optax.tree.norm(grads)
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda g: g / weight, grads)
+            grad_norm = optax.tree.norm(grads)
         nats = sums["nll"] / weight
         rate = schedule(state.step + 1)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(
-            lambda s, p, u: jax.tree.map(lambda p, u: p + rate * s * u, p, u), scales, state.params, updates
-        )
-        ema = state.ema
-        if decay:
-            ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(
+                lambda s, p, u: jax.tree.map(lambda p, u: p + rate * s * u, p, u), scales, state.params, updates
+            )
+            ema = state.ema
+            if decay:
+                ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
 
         finite = jnp.isfinite(nats) & jnp.isfinite(grad_norm)
         window, spike = state.window, jnp.bool_(False)
@@ -96,11 +98,12 @@ def make_step(
             window = jnp.where(finite & ~spike, pushed(window, nats), window)
         made = finite & ~spike
         bad = 1 - made.astype(jnp.int32)
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(made, new, old),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
-        )
+        with jax.named_scope("optimizer"):
+            params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(made, new, old),
+                (params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
         row = jnp.where(made, 0, state.skipped_in_a_row + 1)
         state = TrainState(state.step + 1, params, opt_state, ema, state.skipped + bad, row, window)
         metrics = dict(
