@@ -52,8 +52,7 @@ def contenders(rows: int, width: int, hidden: int, dtype: str, biases: bool) -> 
     yield of_module("the same, jax.checkpoint saves dots", usual, x, call=keeping_dots)
     for name, options in UNITS.items():
         yield of_module(f"YatNMN {name}, Linear", partial(pair, **options), x)
-        if hasattr(nn, "YatMLP"):
-            yield of_module(f"YatMLP {name}", partial(nn.YatMLP, width, hidden, out_bias=biases, **ours, **options), x)
+        yield of_module(f"YatMLP {name}", partial(nn.YatMLP, width, hidden, out_bias=biases, **ours, **options), x)
     if theirs := nmn():
         for name, fused in (("", False), (" fused", True)):
             layer = partial(theirs.YatNMN, width, hidden, fused=fused, **both)

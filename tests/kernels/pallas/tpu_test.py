@@ -305,7 +305,10 @@ def test_what_it_does_not_do_is_named():
 
 
 def test_extreme_scores_stay_finite():
-    """Scores of 1e9, where some weights vanish, and of 1e-12: outputs and gradients are finite, and outputs right."""
+    """Vectors of 1e5, whose scores make weights vanish, and of 1e-6: outputs and gradients are finite, and right.
+
+    The short ones have scores of about 600, of which float32 rounds off 3e-5: as much of a weight, on either side.
+    """
     case = "causal"
     q, k, v, *_ = make(case)
     scales = np.array([1e5, 1e-6], np.float32)[:, None, None, None]
@@ -322,5 +325,5 @@ def test_extreme_scores_stay_finite():
 
     for (y, grads), (right, wanted) in zip(*run_all(q, k, v), strict=True):
         assert all(np.isfinite(a).all() for a in (y, *grads, right))
-        np.testing.assert_allclose(y, right, rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(grads[2], wanted[2], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(y, right, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(grads[2], wanted[2], rtol=1e-3, atol=1e-4)
