@@ -7,9 +7,8 @@ Command:  python -m launch.train --config=configs/aether_124m.py --config.data.p
               --config.data.tokenizer=gpt2:FOLDER
 Baseline: the same with --config.model.kind=gpt2 --workdir=runs/gpt2_124m
 Data:     any large text in English, such as OpenWebText. FOLDER holds GPT-2's encoder.json and vocab.bpe.
-Memory:   --config.train.accumulate=8 splits the batch into parts that a single device can hold. Attention holds no score
-          matrices: a kernel of the platform where there is one, else block by block (`python -m tools.attention`
-          measures the latter, on a CPU so far).
+Memory:   --config.train.accumulate=8 splits the batch into parts that a single device can hold. Attention holds no
+          score matrices: a kernel of the platform where there is one, else block by block.
 Time:     not measured yet.
 Result:   not measured yet; see LOG.md.
 """

@@ -16,10 +16,10 @@ python -m tools.bench --what=decode     decoding with the key/value cache agains
 python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
 python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
 
-The rows of the issue on kernels, each by one command:
+The rows of the README's table, each by one command:
 
 python -m tools.bench --what=dense --compile_only=v5e:2x2                                   cycles, bytes kept
-python -m tools.bench --what=step --sizes=124m --compile_only=v5e:1x1                       cycles, temporary HBM
+python -m tools.bench --what=step --sizes=124m --compile_only=v5e:1x1 --config.model.attention_impl=blockwise
 python -m tools.bench --what=attention --lengths=2048 --dtype=float32 --backend=cpu         nmn, XLA's dot product
 python -m tools.bench --what=attention --lengths=4096,16384 --backend=gpu --only=auto       cuDNN
 python -m tools.bench --what=step --sizes=350m --backend=gpu                                MFU
