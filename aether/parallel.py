@@ -6,6 +6,7 @@ A mesh has the axes `data`, `fsdp`, `sequence` and `tensor`. Each has a part wit
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -269,7 +270,7 @@ def looked_up(table: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Ar
 def split_axes(*axes: str) -> tuple[str, ...]:
     """Return which of these axes the mesh in force has more than one device along."""
     mesh = jax.sharding.get_abstract_mesh()
-    return () if mesh.empty else tuple(a for a in axes if mesh.shape[a] > 1)
+    return tuple(a for a in axes if mesh.shape.get(a, 1) > 1)
 
 
 def attend_over_mesh(
@@ -279,24 +280,19 @@ def attend_over_mesh(
 
     A device has its block of the queries (b, t, h, k), and of the keys and values (b, s, g, k) its rows and heads,
     gathered over `sequence`; their gradients are summed and scattered on the way back. `how` is a tree of whatever else
-    has a gradient, numbers or one a head, (h,), whose gradients are added up once. An axis of the mesh that does not
-    divide what it would split is left to the compiler.
+    has a gradient, numbers or one a head, (h,), whose gradients are added up once. Where an axis of the mesh does not
+    divide what it would split, all is left to the compiler.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, axes = jax.sharding.get_abstract_mesh(), split_axes(*AXES)
     (b, t, h), (s, g) = q.shape[:3], k.shape[1:3]
-    over = {
-        axis: axis
-        for axis, sizes in (("sequence", (t,)), ("tensor", (g,)))
-        if split_axes(axis) and not any(size % mesh.shape[axis] for size in sizes)
-    }
-    sequence, tensor = over.get("sequence"), over.get("tensor")
-    rows: tuple[str, ...] = ()
-    for axis in split_axes(*ROWS):
-        if b % math.prod(mesh.shape[a] for a in (*rows, axis)) == 0:
-            rows = (*rows, axis)
-    if not (rows or over):
+    rows = tuple(a for a in axes if a in ROWS) or None
+    sequence, tensor = (a if a in axes else None for a in ("sequence", "tensor"))
+    sizes = dict(data=b, fsdp=b // mesh.shape.get("data", 1), sequence=t, tensor=g)
+    if not axes or any(sizes[a] % mesh.shape[a] for a in axes):
         return attend(q, k, v, mask, how)
     gather = sequence is not None and s % mesh.shape["sequence"] == 0
+    if mask.dense is not None:
+        mask = replace(mask, dense=mask.dense.reshape((1,) * (4 - mask.dense.ndim) + mask.dense.shape))
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, how: Any) -> jax.Array:
         if gather:
@@ -307,22 +303,20 @@ def attend_over_mesh(
 
     def of_mask(path: tuple, x: Any) -> P:
         if jax.tree_util.keystr(path) != ".dense":
-            return P(rows or None) if jnp.ndim(x) else P()
-        shape = (1,) * (4 - x.ndim) + x.shape
-        spec = (rows or None if shape[0] == b else None, tensor if shape[1] == h else None, None, None)
-        return P(*spec[4 - x.ndim :])
+            return P(rows) if jnp.ndim(x) else P()
+        return P(rows if x.shape[0] == b else None, tensor if x.shape[1] == h else None)
 
-    block = P(rows or None, sequence, tensor)
-    keys = P(rows or None, sequence if gather else None, tensor)
+    keys = P(rows, sequence if gather else None, tensor)
     specs = (
         jax.tree_util.tree_map_with_path(of_mask, mask),
         jax.tree.map(lambda x: P(tensor) if jnp.shape(x) == (h,) else P(), how),
     )
+    block = P(rows, sequence, tensor)
     return jax.shard_map(
         local,
         in_specs=(block, keys, keys, *specs),
         out_specs=block,
-        axis_names={*rows, *over, *(a for a in AXES if mesh.shape[a] == 1)},
+        axis_names={a for a in AXES if a in mesh.shape},
         check_vma=False,
     )(q, k, v, mask, how)
 

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from aether.kernels.dense import TINY, squares
 from aether.kernels.tail import Tail, sum_to
 from aether.kernels.window import Padding, Sizes, Window, conv_window, transposed_window
 from aether.kernels.yat import check_distance, check_epsilon, ratio_of, squared_distances
-
-_TINY = 1e-12  # squared norms below this are not stretched to a unit vector
 
 
 class Unit(TypedDict, total=False):
@@ -222,7 +221,7 @@ def _backward(form, residuals, g):
     of_dot = 2.0 * ga * t * spread
     if form.spherical:  # the lengths take what points along the patch and the kernel: cos · t = u − bt
         along = ga * spread * (bias * t - u)
-        of_square = [jnp.where(s > _TINY, sum_to(along, s.shape) / jnp.maximum(s, _TINY), 0.0) for s in (patch, kernel)]
+        of_square = [jnp.where(s > TINY, sum_to(along, s.shape) / jnp.maximum(s, TINY), 0.0) for s in (patch, kernel)]
         of_dot = of_dot * (_inverse_norm(patch) * _inverse_norm(kernel))
     else:
         along = -ga * t * free
@@ -243,8 +242,7 @@ def _squares(window: Window, x: Array, w: Array) -> tuple[Array, Array]:
     if window.groups > 1:
         shares = (*patch.shape, outputs // window.groups)
         patch = jnp.broadcast_to(patch[..., None], shares).reshape(*patch.shape[:-1], outputs)
-    w = w.astype(jnp.float32)
-    return patch, jnp.abs(jnp.sum(w * w, tuple(range(w.ndim - 1))))  # abs: else XLA:CPU writes ‖p‖² + ‖w‖² out
+    return patch, jnp.abs(squares(w, tuple(range(w.ndim - 1))))  # abs: else XLA:CPU writes ‖p‖² + ‖w‖² out
 
 
 def patch_squares(x: Array, window: Window) -> Array:
@@ -294,7 +292,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _inverse_norm(square: Array) -> Array:
-    return jnp.where(square > 0, lax.rsqrt(jnp.maximum(square, _TINY)), 0.0)
+    return jnp.where(square > 0, lax.rsqrt(jnp.maximum(square, TINY)), 0.0)
 
 
 def _distances(x: Array, w: Array, window: Window, spherical: bool) -> Array:

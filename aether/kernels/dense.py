@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aether.kernels.tail import Tail, floor_of, sum_to
 
-TINY = 1e-12  # squared norms below this are not stretched to a unit vector
+TINY = 1e-12  # a vector whose squared norm is not above this has no direction
 
 
 class Form(NamedTuple):
@@ -51,19 +51,17 @@ class Form(NamedTuple):
         x_square, w_square = squares(x, -1)[..., :, None], squares(w, -1 if self.transposed else -2)[..., None, :]
         if self.geometry == "point":
             return Operands(tail, x_square + w_square)
-        x_scale, w_scale = (jax.lax.rsqrt(jnp.maximum(s, TINY)) for s in (x_square, w_square))
-        return Operands(tail, 2.0, x_scale, w_scale, x_square > TINY, w_square > TINY)
+        scales = (jnp.where(s > TINY, jax.lax.rsqrt(jnp.maximum(s, TINY)), 0.0) for s in (x_square, w_square))
+        return Operands(tail, 2.0, *scales)
 
 
 class Operands(NamedTuple):
-    """S, the factors that x·w is multiplied by, and whether they are inverse norms, not a constant."""
+    """S, and the factors that x·w is multiplied by: inverse norms, 0 of a vector that has no direction."""
 
     tail: Tail
     s: Any
     x_scale: Any = 1.0
     w_scale: Any = 1.0
-    x_long: Any = True
-    w_long: Any = True
 
 
 def lead_axes(x: Array, w: Array) -> str:
@@ -93,18 +91,20 @@ def _dot(form: Form, ops: Operands, x: Array, w: Array) -> Array:
     return multiply(form.equations(x, w)[0], x, w) * (ops.x_scale * ops.w_scale)
 
 
-def _keep(form: Form, x: Array, w: Array, bias: Array, epsilon: Array) -> tuple[Operands, Array]:
+def _keep(form: Form, x: Array, w: Array, bias: Array, epsilon: Array) -> tuple[Operands, Array, Array]:
+    """Return what the tail knows, u, and what is kept."""
     ops = form.operands(x, w)
-    kept = ops.tail.respond(_dot(form, ops, x, w), ops.s, bias, epsilon)[1]
+    u, kept = ops.tail.respond(_dot(form, ops, x, w), ops.s, bias, epsilon)
     if w.ndim == 2:  # a remat policy may save it: it is all of the product, and of the hidden units
         kept = checkpoint_name(checkpoint_name(kept, "product"), "hidden")
-    return ops, jax.lax.optimization_barrier(kept)
+    return ops, u, jax.lax.optimization_barrier(kept)
 
 
 def _unit_forward(form, x, w, bias, alpha, epsilon):
-    ops, kept = _keep(form, x, w, bias, epsilon)
-    y = alpha * ops.tail.response(kept, ops.s, bias, epsilon).astype(jnp.float32)
-    return y.astype(form.dtype), (x, w, bias, alpha, epsilon, kept)
+    ops, u, kept = _keep(form, x, w, bias, epsilon)
+    if jnp.finfo(form.dtype).bits <= jnp.finfo(x.dtype).bits:  # else y is not to lose what u loses when it is kept
+        u = ops.tail.response(kept, ops.s, bias, epsilon).astype(jnp.float32)
+    return (alpha * u).astype(form.dtype), (x, w, bias, alpha, epsilon, kept)
 
 
 def _unit_backward(form, residuals, g):
@@ -128,15 +128,15 @@ def _pull(
     spread = 1.0 + free  # of_dot = of_n · spread
     of_product = (of_n * spread * (ops.x_scale * ops.w_scale)).astype(x.dtype)
     _, to_x, to_w = form.equations(x, w)
-    d_x, d_w = multiply(to_x, of_product, w), multiply(to_w, x, of_product)
+    d_x, d_w = multiply(to_x, of_product, w, x.dtype), multiply(to_w, x, of_product, x.dtype)  # a mesh sums these
     # What the norms add, a multiple of each vector: S grows by 2x; a direction loses what points along it.
     if form.geometry != "unit":
         along = -of_n * free if form.geometry == "point" else 2.0 * g * spread * (bias * t - u)
         by_row, by_column = jnp.sum(along, -1, keepdims=True), jnp.sum(along, -2, keepdims=True)
         if form.geometry == "direction":
-            by_row = jnp.where(ops.x_long, by_row * ops.x_scale**2, 0.0)
-            by_column = jnp.where(ops.w_long, sum_to(by_column, ops.w_scale.shape) * ops.w_scale**2, 0.0)
-        d_x += by_row * x
+            by_row = by_row * ops.x_scale**2
+            by_column = sum_to(by_column, ops.w_scale.shape) * ops.w_scale**2
+        d_x = d_x + by_row * x
         by_column = sum_to(by_column, (*w.shape[:-2], 1, by_column.shape[-1]))
         d_w = sum_to(d_w, w.shape) + (by_column.swapaxes(-1, -2) if form.transposed else by_column) * w
     of_x, of_w = sum_to(d_x, x.shape).astype(x.dtype), sum_to(d_w, w.shape).astype(w.dtype)
@@ -150,9 +150,9 @@ def unit_mlp(form: Form, x: Array, w: Array, out: Array, bias: Array, alpha: Arr
 
 
 def _mlp_forward(form, x, w, out, bias, alpha, epsilon):
-    ops, kept = _keep(form, x, w, bias, epsilon)
+    ops, _, kept = _keep(form, x, w, bias, epsilon)
     u = ops.tail.response(kept, ops.s, bias, epsilon)
-    y = alpha * jnp.einsum("...n,ne->...e", u, out, preferred_element_type=jnp.float32)
+    y = alpha * jnp.einsum("...n,ne->...e", u, out)
     return y.astype(form.dtype), (x, w, out, bias, alpha, epsilon, kept)
 
 
@@ -161,10 +161,9 @@ def _mlp_backward(form, residuals, g):
     ops = form.operands(x, w)
     u = ops.tail.response(kept, ops.s, bias, epsilon)
     rows = lead_axes(x, w)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    of_out = product(f"{rows}n,{rows}e->ne", u, g)
+    of_out = jnp.einsum(f"{rows}n,{rows}e->ne", u, g).astype(jnp.float32)
     d_alpha = jnp.sum(of_out * out)  # = Σ g · (u @ out)
-    of_u = alpha * product("...e,ne->...n", g, out)
+    of_u = alpha * jnp.einsum("...e,ne->...n", g, out, preferred_element_type=jnp.float32)
     d_x, d_w, d_bias, d_epsilon = _pull(form, ops, x, w, bias, epsilon, kept, of_u)
     return d_x, d_w, (alpha * of_out).astype(out.dtype), d_bias, d_alpha.reshape(alpha.shape), d_epsilon
 

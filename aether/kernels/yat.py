@@ -1,4 +1,4 @@
-"""The ⵟ-product, the only place where it is written: a matrix product whose entries are kernel values.
+"""The ⵟ-product: a matrix product whose entries are kernel values.
 
 `y = α (x·w + b)² / (D + ε)`, `D = max(‖x‖² + ‖w‖² − 2 x·w, 0)`  (nmn; arXiv 2410.09118 for the idea)
 
@@ -121,12 +121,10 @@ def yat(
     check_distance(distance)
     parts = tuple(jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
     dtype = jnp.dtype(dtype or x.dtype)
-    exact = distance == "exact"
-    if exact:
+    if distance == "exact":
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    if exact:
         if spherical and not normalized:
-            x, w = unit(x), unit(w, axis)
+            x, w = _unit_forward(x, -1)[0], _unit_forward(w, axis)[0]
         rows = w if transposed else w.swapaxes(-1, -2)
         d = squared_distances(x, rows)
         if spherical:
@@ -176,6 +174,8 @@ def yat_mlp(
     check_epsilon(epsilon)
     if jnp.size(alpha) != 1 or jnp.size(epsilon) != 1:
         raise ValueError(f"alpha is {jnp.shape(alpha)} and epsilon {jnp.shape(epsilon)}; both must be one number.")
+    if jnp.shape(bias) not in ((), (1,), (w.shape[1],)):
+        raise ValueError(f"bias is {jnp.shape(bias)}; it must be one number or ({w.shape[1]},), one a hidden unit.")
     parts = tuple(jnp.asarray(p, jnp.float32) for p in (bias, alpha, epsilon))
     form = Form("direction" if spherical else "point", False, nonnegative_bias, x.dtype)
     return unit_mlp(form, x, w, out, *parts)

@@ -372,3 +372,35 @@ def test_vectors_that_are_normalized_already_are_not_normalized_again():
     ready = jax.jit(lambda x, w: yat(x, w, spherical=True, normalized=True, epsilon=0.2))
     np.testing.assert_allclose(ready(unit(x), unit(w, -2)), yat(x, w, spherical=True, epsilon=0.2), 1e-6, 1e-8)
     assert np.abs(ready(x, w) - ready(unit(x), unit(w, -2))).max() > 0.1
+
+
+def test_a_wider_result_is_that_of_the_product_alone_also_where_it_is_differentiated(rng):
+    """What is kept is rounded to bfloat16; scores in float32 are not."""
+    given, _ = rounded(make(rng, (6, 5, 7)), "bfloat16")
+
+    def f(*args):
+        x, w, bias, alpha, epsilon = args
+        return yat(x, w, bias=bias, alpha=alpha, epsilon=epsilon, dtype=jnp.dtype("float32"))
+
+    y, again = f(*given), jax.vjp(f, *given)[0]
+    assert again.dtype == jnp.float32
+    np.testing.assert_allclose(again, y, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_zero_row_gives_the_others_no_harm(rng, dtype):
+    x, w = jnp.asarray(rng.normal(size=(4, 5)), dtype).at[0].set(0), jnp.asarray(rng.normal(size=(5, 3)), dtype)
+    f = lambda x, w: jnp.sum(yat(x, w, bias=1.0, epsilon=0.1, spherical=True).astype(jnp.float32))  # noqa: E731
+    of_x, of_w = jax.grad(f, (0, 1))(x, w)
+    alone = jax.grad(f, 1)(x[1:], w)
+    assert not of_x[0].any() and jnp.isfinite(of_x).all()
+    error = jnp.abs((of_w - alone).astype(jnp.float32)).max()
+    assert error <= (1e-6 if dtype == "float32" else 1e-2) * jnp.abs(alone).max()
+
+
+def test_directions_by_differences_take_forward_mode(rng):
+    x, w, dx = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(4, 5), (5, 3), (4, 5)])
+    f = lambda x: yat(x, w, epsilon=0.1, spherical=True, distance="exact")  # noqa: E731
+    _, forward = jax.jvp(f, (x,), (dx,))
+    step = 1e-2
+    np.testing.assert_allclose(forward, (f(x + step * dx) - f(x - step * dx)) / (2 * step), rtol=2e-2, atol=1e-3)
