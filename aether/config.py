@@ -129,7 +129,7 @@ class ModelConfig(Section, prefix="model"):
     head: str = knob(AUTO, "output matrix: the embedding's or its own", choices=(AUTO, "tied", "untied"), auto=True)
     linear_bias: str = knob(AUTO, "biases in linear maps", choices=(AUTO, "yes", "no"), auto=True)
     attention_impl: str = knob(
-        "plain",
+        "auto",
         "whole score matrices, blocks of them in linear memory, or a kernel of the platform (auto: the best there is)",
         choices=(AUTO, "plain", "blockwise", "flash"),
         free=True,

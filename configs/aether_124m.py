@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.model.size = "124m"
     config.model.dtype = "bfloat16"
-    config.model.attention_impl = "auto"
     config.data.path = ""
     config.data.tokenizer = "gpt2:"
     config.data.context = 1024
