@@ -24,7 +24,7 @@ from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.pallas import gpu_kernels as kernels
 from aether.kernels.pallas.device import device
-from aether.kernels.pallas.gpu_tile import LOG2E, Form
+from aether.kernels.pallas.gpu_tile import Form
 from aether.kernels.scores import DotScore, Score, YatScore
 from aether.kernels.tail import floor_of
 
@@ -99,7 +99,7 @@ def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normaliz
 def forward(
     q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization, *, interpret: bool = False
 ) -> tuple[Array, Array]:
-    """Return y (b, g, r, t, k) and the final level of each query (b, g, r, t, 1), float32."""
+    """Return y (b, g, r, t, k) and the final level of each query (b, g, r, t, 1), float32, as that of `tpu.forward`."""
     tile = _tiles(q, score).forward
     f = _form(q, k, score, mask, normalization, tile, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)
@@ -124,7 +124,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Any]:
     """Return the gradients of q, k, v and of the score's b, α and ε, for g = dL/dy and what `forward` returned."""
     centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1)
-    level = -LOG2E * level if normalization.name == "softmax" else 1.0 / level
+    level = -level if normalization.name == "softmax" else 1.0 / level
     _, of_queries, of_keys = _tiles(q, score)
     f = _form(q, k, score, mask, normalization, of_queries, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)

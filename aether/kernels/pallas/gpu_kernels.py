@@ -14,7 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from aether.kernels.pallas import gpu_tile as tile
-from aether.kernels.pallas.gpu_tile import LOG2E, Form, Refs, across, down, product
+from aether.kernels.pallas.gpu_tile import Form, Refs, across, down, product
 
 _LOW = -1e30  # stands for the maximum of no score
 _FIRST: Any = np.int32(0)  # head of those that a program sees
@@ -44,7 +44,7 @@ def forward(f: Form, refs: Refs, y_ref: Any, level_ref: Any) -> None:
     if f.softmax:
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        level = jnp.where(some, level / LOG2E + jnp.log(total), 0.0)
+        level = jnp.where(some, level + jnp.log2(total), 0.0)
     else:
         level = total = total + numbers.constant
     tile.save(y_ref, (_FIRST,), i * f.rows, mean / total[:, None], f.queries)

@@ -117,7 +117,7 @@ def test_values_and_gradients(rng, case):
     assert np.any(nothing) == ("valid" in case.mask and case.score == "spherical" and "causal" in case.mask)
     assert not np.any(np.float64(y)[nothing]) and not np.any(np.float64(dq)[nothing])
     total = np.sum(np.where(seen, np.exp(s) if case.normalization == "softmax" else s, 0.0), -1)
-    levels = np.log(np.where(nothing, 1.0, total)) if case.normalization == "softmax" else total + CONSTANT
+    levels = np.log2(np.where(nothing, 1.0, total)) if case.normalization == "softmax" else total + CONSTANT
     np.testing.assert_allclose(level[..., 0], levels, rtol=limit, atol=limit)
     gradients = [dq, dk, dv, *jax.tree.leaves(dscore)]
     for name, at, gradient in zip(("q", "k", "v", "b", "alpha", "epsilon"), range(6), gradients, strict=False):
@@ -162,6 +162,23 @@ def test_close_vectors_have_the_least_distance(rng):
     for one, other in zip(*both(x, v, dy), strict=True):
         assert np.linalg.norm(one) > 1.0
         np.testing.assert_allclose(np.reshape(other, one.shape), one, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_of_large_scores_sum_to_1(rng):
+    """Scores of 1e4, log₂ e times which float32 rounds by up to 2⁻¹¹: the level once, and a score once, 7e-4 in all.
+
+    Vectors are integers, whose products are exact in any order. Query i gets dL/dy = 1 in entry i alone, so that dv is
+    the weights of the backward pass, (key, query).
+    """
+    q, k = (rng.integers(-1, 2, (1, 4, *shape)) for shape in ((1, 32, 32), (48, 32)))
+    q[..., 0], k[..., 0] = rng.integers(195, 205, (1, 4, 1, 32)), 300
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, rng.normal(size=k.shape)))
+    score = YatScore(*(jnp.full((1,), n, jnp.float32) for n in (0.0, 0.15, 0.25)))
+    dy = jnp.broadcast_to(jnp.eye(32), q.shape)
+    y, level, (_, _, weights, _) = run(q, k, v, dy, score, Mask(), "softmax")
+    assert 1e4 < np.min(level) and np.max(level) < 2**14 and np.mean(np.max(weights, 2)) < 0.9
+    np.testing.assert_allclose(np.sum(weights, 2), 1.0, atol=7e-4)
+    np.testing.assert_allclose(np.swapaxes(weights, 2, 3) @ v, y[:, :, 0], atol=7e-4 * np.max(np.abs(v)))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 12])
