@@ -95,9 +95,13 @@ def exact(case, seen, q, k, v, bias, alpha, epsilon):
 @partial(jax.jit, static_argnames="normalization", compiler_options={"xla_backend_optimization_level": 0})
 def run(q, k, v, dy, score, mask, normalization):
     n = Normalization(normalization, constant=CONSTANT).by_head(*q.shape[1:3])
-    assert gpu.unsupported(q, k, v, score, mask, n) == ""
+    assert gpu.unsupported(q, k, v) == ""
     y, level = gpu.forward(q, k, v, score, mask, n, interpret=True)
-    return y, level, gpu.backward(q, k, v, score, mask, n, y, level, dy, interpret=True)
+    return y, level, gpu.backward(q, k, v, score, mask, n, level, centre(dy, y), dy, interpret=True)
+
+
+def centre(dy, y):
+    return jnp.sum(jnp.float32(dy) * jnp.float32(y), -1, keepdims=True)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -127,8 +131,7 @@ def test_values_and_gradients(rng, case):
             moved = [x + 1j * STEP * direction if n == at else x for n, x in enumerate(args)]
             wanted = np.sum(np.float64(dy) * exact(case, seen, *moved)[0].imag) / STEP
             error = abs(np.sum(gradient * direction) - wanted)
-            # 2: dα of L1 cancels all but ε₁'s share, and y is rounded before it enters
-            assert error <= 3 * limit * max(2.0, np.linalg.norm(gradient)), (name, error, wanted)
+            assert error <= 3 * limit * max(1.0, np.linalg.norm(gradient)), (name, error, wanted)
 
 
 def test_the_reference_of_scores_is_the_library_s(rng):
@@ -156,7 +159,7 @@ def test_close_vectors_have_the_least_distance(rng):
         y, pull = jax.vjp(right, x, x, v)
         k, values = x[:, :, 0], v[:, :, 0]
         ours, level = gpu.forward(x, k, values, score, mask, n, interpret=True)
-        gradients = gpu.backward(x, k, values, score, mask, n, ours, level, dy, interpret=True)
+        gradients = gpu.backward(x, k, values, score, mask, n, level, centre(dy, ours), dy, interpret=True)
         return (y, *pull(dy)), (ours, *gradients[:3])
 
     for one, other in zip(*both(x, v, dy), strict=True):
@@ -176,7 +179,7 @@ def test_weights_of_large_scores_sum_to_1(rng):
     score = YatScore(*(jnp.full((1,), n, jnp.float32) for n in (0.0, 0.15, 0.25)))
     dy = jnp.broadcast_to(jnp.eye(32), q.shape)
     y, level, (_, _, weights, _) = run(q, k, v, dy, score, Mask(), "softmax")
-    assert 1e4 < np.min(level) and np.max(level) < 2**14 and np.mean(np.max(weights, 2)) < 0.9
+    assert 8e3 < np.min(level) and np.max(level) < 2**14 and np.mean(np.max(weights, 2)) < 0.9
     np.testing.assert_allclose(np.sum(weights, 2), 1.0, atol=7e-4)
     np.testing.assert_allclose(np.swapaxes(weights, 2, 3) @ v, y[:, :, 0], atol=7e-4 * np.max(np.abs(v)))
 
@@ -219,7 +222,7 @@ def both(q, k, v, score, segments, valid, offset, normalization):
     n = Normalization(normalization).by_head(*q.shape[1:3])
     mask = Mask(window=100, offset=offset, query_segments=segments, key_segments=segments, valid=valid)
     y, level = gpu.forward(q, k, v, score, mask, n)
-    return y, gpu.backward(q, k, v, score, mask, n, y, level, y)
+    return y, gpu.backward(q, k, v, score, mask, n, level, centre(y, y), y)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -251,13 +254,28 @@ def test_products_take_the_operands_dtype_and_keep_float32(dtype):
 
 def test_what_is_unsupported_is_said():
     q, k, _, _ = shapes(64, "bfloat16")
-    n = Normalization()
     odd, half = shapes(48, "bfloat16"), shapes(64, "float16")
-    assert gpu.unsupported(q, k, k, YatScore(), Mask(causal=True), n) == ""
-    assert gpu.unsupported(q, k, k, YatScore(distance="exact"), Mask(), n) == "distance='exact'"
-    assert gpu.unsupported(q, k, k, YatScore(), Mask(), Normalization("softermax", 2.0)) == "normalization='softermax'"
-    assert gpu.unsupported(q, k, k, YatScore(), Mask(dense=jnp.ones((1, 1), bool)), n) == "a dense mask"
-    assert gpu.unsupported(odd[0], odd[1], odd[1], YatScore(), Mask(), n) == "heads of width 48"
-    assert gpu.unsupported(q, k, shapes(32, "bfloat16")[1], DotScore(), Mask(), n) == "values of another width, 32"
-    assert gpu.unsupported(half[0], half[1], half[1], YatScore(), Mask(), n) == "float16"
-    assert gpu.unsupported(q, k, k, lambda q, k: q, Mask(), n) == "a score of type function"
+    assert gpu.unsupported(q, k, k) == ""
+    assert gpu.unsupported(odd[0], odd[1], odd[1]) == "heads of width 48"
+    assert gpu.unsupported(q, k, shapes(32, "bfloat16")[1]) == "values of another width, 32"
+    assert gpu.unsupported(half[0], half[1], half[1]) == "float16"
+
+
+@pytest.mark.parametrize(
+    ("taken", "kinds"),
+    [
+        (False, ["AMD Instinct MI300X", "Tesla V100-SXM2-16GB", "NVIDIA V100", "Tesla P100-PCIE-16GB", "NVIDIA P4"]),
+        (False, ["Tesla T4", "NVIDIA T4", "NVIDIA T1000", "NVIDIA GeForce RTX 2080 Ti", "NVIDIA GeForce GTX 1080"]),
+        (False, ["NVIDIA Quadro RTX 6000", "NVIDIA TITAN V", "NVIDIA TITAN RTX"]),
+        (True, ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A10", "NVIDIA L4", "NVIDIA L40S", "NVIDIA RTX A4000"]),
+        (True, ["NVIDIA GeForce RTX 2050", "NVIDIA RTX 2000 Ada Generation", "NVIDIA GeForce RTX 3090"]),
+        (True, ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA B200", "NVIDIA GB200"]),
+    ],
+)
+def test_gpus_older_than_ampere_are_refused(taken, kinds):
+    """Triton does not compile bfloat16 for them."""
+    q, k, _, _ = shapes(64, "bfloat16")
+    for kind in kinds:
+        mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice(kind, 1, "cuda"))
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert gpu.unsupported(q, k, k) == ("" if taken else f"{kind}, only NVIDIA GPUs from Ampere on")
