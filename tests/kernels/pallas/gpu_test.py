@@ -18,6 +18,7 @@ from aether.kernels.pallas import gpu, gpu_kernels, gpu_tile
 from aether.testing import equations
 from tools import reference as ref
 
+FAST = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 STEP = 1e-30  # of complex differentiation, which nothing rounds
 DIRECTIONS = 3
 CONSTANT = 0.1  # ε₁ of L1
@@ -42,10 +43,9 @@ CASES = {
     "segments, padding": Case((2, 1, 2, 97, 97, 32), "spherical", dict(causal=True, segments=True, valid=True)),
     "l1 window after a cache": Case((1, 2, 2, 70, 130, 32), "plain", dict(window=50, offset=40), "l1"),
     "l1 padding": Case((2, 1, 1, 64, 128, 64), "spherical", dict(valid=True), "l1"),
-    "bfloat16 causal": Case((1, 1, 2, 150, 150, 64), "spherical", dict(causal=True), dtype="bfloat16"),
-    "bfloat16 window, wide": Case((1, 2, 1, 90, 90, 128), "plain", dict(window=30), dtype="bfloat16"),
+    "bfloat16 window, wide": Case((1, 2, 1, 150, 150, 128), "spherical", dict(window=30), dtype="bfloat16"),
     "bfloat16 l1 segments": Case((2, 1, 2, 80, 80, 32), "plain", dict(segments=True), "l1", "bfloat16"),
-    "bfloat16 dot": Case((1, 1, 2, 40, 140, 128), "dot", dict(causal=True, offset=100), dtype="bfloat16"),
+    "bfloat16 dot": Case((1, 1, 2, 40, 140, 64), "dot", dict(causal=True, offset=100), dtype="bfloat16"),
 }
 
 
@@ -92,7 +92,7 @@ def exact(case, seen, q, k, v, bias, alpha, epsilon):
     return np.einsum("bgrts,bgsk->bgrtk", weights, v), s
 
 
-@partial(jax.jit, static_argnames="normalization", compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnames="normalization", compiler_options=FAST)
 def run(q, k, v, dy, score, mask, normalization):
     n = Normalization(normalization, constant=CONSTANT).by_head(*q.shape[1:3])
     assert gpu.unsupported(q, k, v) == ""
@@ -131,7 +131,21 @@ def test_values_and_gradients(rng, case):
             moved = [x + 1j * STEP * direction if n == at else x for n, x in enumerate(args)]
             wanted = np.sum(np.float64(dy) * exact(case, seen, *moved)[0].imag) / STEP
             error = abs(np.sum(gradient * direction) - wanted)
-            assert error <= 3 * limit * max(1.0, np.linalg.norm(gradient)), (name, error, wanted)
+            bound = 3 * limit * max(1.0, np.linalg.norm(gradient))
+            if name == "alpha" and case.normalization == "l1" and case.dtype == "bfloat16":
+                bound = 3 * np.linalg.norm(direction * rounding_of_alpha(case, seen, args, np.float64(dy)))
+            assert error <= bound, (name, error, wanted)
+
+
+def rounding_of_alpha(case, seen, args, dy):
+    """By how much rounding moves dL/dα of L1, one a head: 2⁻⁹ √Σ of the squares of its terms.
+
+    dL/dα = Σ w (dL/dy · v − dL/dy · y) / α over all pairs cancels but for the share of ε₁, here 0.5 of terms that sum
+    to 500, and w and y are rounded to bfloat16 before. The blockwise form loses as much, float32 operands lose 2e-6.
+    """
+    y, s = exact(case, seen, *args)
+    terms = ref.attention_weights(s, seen, "l1", epsilon=CONSTANT) * np.einsum("bgrtk,bgsk->bgrts", dy, args[2])
+    return 2.0**-9 * np.sqrt(sum(np.sum(x * x, (0, 3, 4)).reshape(-1) for x in (terms, dy * y))) / args[4]
 
 
 def test_the_reference_of_scores_is_the_library_s(rng):
@@ -154,7 +168,7 @@ def test_close_vectors_have_the_least_distance(rng):
     def right(q, k, v):
         return blockwise(q, k[:, :, 0], v[:, :, 0], score, mask, n, 35)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def both(x, v, dy):
         y, pull = jax.vjp(right, x, x, v)
         k, values = x[:, :, 0], v[:, :, 0]
