@@ -180,15 +180,20 @@ SEGMENTS = dict(query_segments=jnp.int32, key_segments=jnp.int32)
 @pytest.mark.parametrize(
     ("chip", "t", "width", "dtype", "options"),
     [
-        ("v5e:2x2", 2048, 64, jnp.bfloat16, dict(told=dict(causal=True))),
-        ("v5e:2x2", 200, 32, jnp.float32, dict(score="spherical", n="l1", told=SEGMENTS)),
-        ("v5e:2x2", 384, 128, jnp.bfloat16, dict(score="dot", told=dict(causal=True))),
         ("v5e:2x2", 384, 40, jnp.bfloat16, dict(n="l1", told=dict(window=130, valid=jnp.bool_))),
         ("v5p:2x2x1", 384, 64, jnp.bfloat16, dict(told=dict(causal=True) | SEGMENTS)),
-        ("v5p:2x2x1", 130, 128, jnp.float32, dict(score="spherical")),
-        ("v6e:2x2", 384, 128, jnp.bfloat16, dict(told=dict(window=200))),
         ("v6e:2x2", 130, 64, jnp.float32, dict(score="dot", told=dict(causal=True))),
         ("v4:2x2x1", 384, 64, jnp.bfloat16, dict(told=dict(causal=True))),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in [
+                ("v5e:2x2", 2048, 64, jnp.bfloat16, dict(told=dict(causal=True))),
+                ("v5e:2x2", 200, 32, jnp.float32, dict(score="spherical", n="l1", told=SEGMENTS)),
+                ("v5e:2x2", 384, 128, jnp.bfloat16, dict(score="dot", told=dict(causal=True))),
+                ("v5p:2x2x1", 130, 128, jnp.float32, dict(score="spherical")),
+                ("v6e:2x2", 384, 128, jnp.bfloat16, dict(told=dict(window=200))),
+            ]
+        ),
     ],
 )
 def test_the_compilers_of_tpus_take_it(chips, chip, t, width, dtype, options):
@@ -197,7 +202,7 @@ def test_the_compilers_of_tpus_take_it(chips, chip, t, width, dtype, options):
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
-@pytest.mark.parametrize(("impl", "context"), [("flash", 128), ("blockwise", 512)])
+@pytest.mark.parametrize(("impl", "context"), [("flash", 128), pytest.param("blockwise", 512, marks=pytest.mark.slow)])
 def test_a_training_step_on_four_chips(chips, impl, context):
     """Rows over fsdp, heads over tensor: kernels see a quarter, and gradients of b, α and ε cross once a layer."""
     config = tiny_config(
