@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.pallas.device import device
-from aether.kernels.scores import Score
+from aether.kernels.scores import DotScore, Score, YatScore
 
 PLATFORMS = ("tpu", "gpu")
 
@@ -37,8 +37,19 @@ def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normaliz
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     if left := [f"{a}={mesh.shape[a]}" for a, kind in types if kind != AxisType.Manual and mesh.shape[a] > 1]:
         return f"The compiler cannot split a kernel over mesh axes that do not divide the operands, {', '.join(left)}."
-    missing = kernels(platform).unsupported(q, k, v, score, mask, normalization)
+    missing = _unsupported(score, mask, normalization) or kernels(platform).unsupported(q, k, v)
     return f"The flash kernel for {platform} does not take {missing}." if missing else ""
+
+
+def _unsupported(score: Score, mask: Mask, normalization: Normalization) -> str:
+    """Return "" if every platform's kernel does this, else what none does, as one clause."""
+    if not isinstance(score, DotScore | YatScore):
+        return f"a score of type {type(score).__name__}"
+    if isinstance(score, YatScore) and score.distance != "expanded":
+        return f"distance={score.distance!r}"
+    if normalization.name not in ("softmax", "l1"):
+        return f"normalization={normalization.name!r}"
+    return "a dense mask" if mask.dense is not None else ""
 
 
 def flash(
@@ -83,8 +94,8 @@ def _forward(static, q, k, v, score, n, mask):
 def _backward(static, residuals, g):
     platform, options = static
     q, k, v, score, n, mask, y, level = residuals
-    dq, dk, dv, dscore = kernels(platform).backward(q, k, v, score, mask, n, y, level, g, **dict(options))
     centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
+    dq, dk, dv, dscore = kernels(platform).backward(q, k, v, score, mask, n, level, centre, g, **dict(options))
     return dq, dk, dv, dscore, n.constant_gradient(level, centre), None
 
 

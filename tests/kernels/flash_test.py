@@ -1,6 +1,7 @@
 """Which kernel flash attention takes, what it says where there is none, meshes, and the compilers of TPUs."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from aether.chips import topology
@@ -80,13 +81,31 @@ def test_without_a_kernel_auto_is_another_form_and_flash_says_so(rng):
 def test_what_a_kernel_does_not_do_falls_back_or_is_named(rng, interpreted):
     q, k, v = make(rng)
     score, softermax = YatScore(0.1, 2.0, 0.3), Normalization("softermax", 2.0)
-    with pytest.raises(ValueError, match="does not take normalization='softermax'. Take impl=\"auto\""):
-        attention(q, k, v, score, normalization=softermax, impl="flash")
+    for said, changes in {
+        "normalization='softermax'": dict(normalization=softermax),
+        "distance='exact'": dict(score=replace(score, distance="exact")),
+        "a dense mask": dict(mask=Mask(dense=jnp.ones((20, 20), bool))),
+        "a score of type function": dict(score=lambda q, k: q @ k.swapaxes(-1, -2)),
+        "heads of width 12, only multiples of 8 up to 256": dict(
+            k=jnp.ones((2, 20, 2, 12)), q=jnp.ones((2, 20, 4, 12))
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f'does not take {said}. Take impl="auto"'):
+            attention(**dict(q=q, k=k, v=v, score=score, impl="flash") | changes)
     same = [attention(q, k, v, score, normalization=softermax, impl=impl) for impl in ("auto", "plain")]
     np.testing.assert_array_equal(*same)
     assert "pallas_call" in str(jax.make_jaxpr(lambda q: attention(q, k, v, score, impl="auto"))(q))
     one = attention(q[:, :1], k, v, score, impl="flash")  # a single query is never worth a kernel
     np.testing.assert_array_equal(one, attention(q[:, :1], k, v, score, impl="plain"))
+
+
+def test_a_gpu_too_old_for_the_kernel_takes_another_form():
+    q, k = (jax.ShapeDtypeStruct((1, 40, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    for kind, taken in (("NVIDIA A100-SXM4-40GB", True), ("NVIDIA TITAN RTX", False)):
+        mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice(kind, 1, "cuda"))
+        with jax.sharding.use_abstract_mesh(mesh):
+            jaxpr = jax.make_jaxpr(lambda q, k: attention(q, k, k, DotScore(), impl="auto"))(q, k)
+        assert ("pallas_call" in str(jaxpr)) == taken
 
 
 def test_the_kernel_is_that_of_the_mesh_in_force(chips):
@@ -161,15 +180,20 @@ SEGMENTS = dict(query_segments=jnp.int32, key_segments=jnp.int32)
 @pytest.mark.parametrize(
     ("chip", "t", "width", "dtype", "options"),
     [
-        ("v5e:2x2", 2048, 64, jnp.bfloat16, dict(told=dict(causal=True))),
-        ("v5e:2x2", 200, 32, jnp.float32, dict(score="spherical", n="l1", told=SEGMENTS)),
-        ("v5e:2x2", 384, 128, jnp.bfloat16, dict(score="dot", told=dict(causal=True))),
         ("v5e:2x2", 384, 40, jnp.bfloat16, dict(n="l1", told=dict(window=130, valid=jnp.bool_))),
         ("v5p:2x2x1", 384, 64, jnp.bfloat16, dict(told=dict(causal=True) | SEGMENTS)),
-        ("v5p:2x2x1", 130, 128, jnp.float32, dict(score="spherical")),
-        ("v6e:2x2", 384, 128, jnp.bfloat16, dict(told=dict(window=200))),
         ("v6e:2x2", 130, 64, jnp.float32, dict(score="dot", told=dict(causal=True))),
         ("v4:2x2x1", 384, 64, jnp.bfloat16, dict(told=dict(causal=True))),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in [
+                ("v5e:2x2", 2048, 64, jnp.bfloat16, dict(told=dict(causal=True))),
+                ("v5e:2x2", 200, 32, jnp.float32, dict(score="spherical", n="l1", told=SEGMENTS)),
+                ("v5e:2x2", 384, 128, jnp.bfloat16, dict(score="dot", told=dict(causal=True))),
+                ("v5p:2x2x1", 130, 128, jnp.float32, dict(score="spherical")),
+                ("v6e:2x2", 384, 128, jnp.bfloat16, dict(told=dict(window=200))),
+            ]
+        ),
     ],
 )
 def test_the_compilers_of_tpus_take_it(chips, chip, t, width, dtype, options):
@@ -178,7 +202,7 @@ def test_the_compilers_of_tpus_take_it(chips, chip, t, width, dtype, options):
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
-@pytest.mark.parametrize(("impl", "context"), [("flash", 128), ("blockwise", 512)])
+@pytest.mark.parametrize(("impl", "context"), [("flash", 128), pytest.param("blockwise", 512, marks=pytest.mark.slow)])
 def test_a_training_step_on_four_chips(chips, impl, context):
     """Rows over fsdp, heads over tensor: kernels see a quarter, and gradients of b, α and ε cross once a layer."""
     config = tiny_config(

@@ -25,7 +25,7 @@ def _compare(p: Plan, refs: Refs, head: Any, i: Any, j: Any) -> tuple[tile.Pairs
         told = tile.Head(2.0 * numbers[BIAS, head], numbers[EPSILON, head])
     if p.form.squares:
         squares = (refs["square"][...], jnp.sum(jnp.square(k.astype(jnp.float32)), -1, keepdims=True))
-    pairs = tile.compare(p.form, _product(k, q + q, 1, 1), squares, told, _inverse)
+    pairs = tile.compare(p.form, tile.product(k, q + q, 1, 1), squares, told, _inverse)
     return pairs, tile.hide(p.form, pairs.u * factor, _seen(p, refs, i, j))
 
 
@@ -47,14 +47,6 @@ def _seen(p: Plan, refs: Refs, i: Any, j: Any) -> Array | None:
     if p.keys % columns:
         seen.append(column < p.keys - j * columns)
     return reduce(jnp.logical_and, seen) if seen else None
-
-
-def _product(x: Array, w: Array, of_x: int, of_w: int) -> Array:
-    """Return the product over these axes of two matrices, in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, w, (((of_x,), (of_w,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def forward(p: Plan, refs: Refs) -> None:
@@ -83,7 +75,7 @@ def forward(p: Plan, refs: Refs) -> None:
             mean[...] *= shrink
         v = refs["v"][...]
         total[...] += jnp.sum(weights, 0, keepdims=True)
-        mean[...] += _product(v, weights.astype(v.dtype), 0, 0)
+        mean[...] += tile.product(v, weights.astype(v.dtype), 0, 0)
 
     @pl.when(step == pl.num_programs(4) - 1)
     def _end() -> None:
@@ -123,15 +115,15 @@ def backward(p: Plan, refs: Refs) -> None:
         q, k, v, g = (refs[name][...] for name in ("q", "k", "v", "g"))
         pairs, score = _compare(p, refs, head, i, j)
         weights, slope = tile.weigh(p.form, score, refs["level"][...], _inverse)
-        slopes = tile.pull(p.form, slope * (_product(v, g, 1, 1) - refs["centre"][...]), pairs)
+        slopes = tile.pull(p.form, slope * (tile.product(v, g, 1, 1) - refs["centre"][...]), pairs)
         of_dot = slopes.dot.astype(k.dtype)
-        of_k = _product(of_dot, q, 1, 0)
+        of_k = tile.product(of_dot, q, 1, 0)
         if p.form.squares and slopes.square is not None:
             of_k -= 0.5 * jnp.sum(slopes.square, 1, keepdims=True) * k.astype(jnp.float32)
         at = pl.ds(pl.multiple_of((j - c * p.held) * columns, columns), columns)
         refs["dk"][at, :] += of_k * refs["parameters"][FACTOR, head]
-        refs["dv"][at, :] += _product(weights.astype(v.dtype), g, 1, 0)
-        refs["dq"][...] += _product(k, of_dot, 0, 0)
+        refs["dv"][at, :] += tile.product(weights.astype(v.dtype), g, 1, 0)
+        refs["dq"][...] += tile.product(k, of_dot, 0, 0)
         for n, x in enumerate(slopes[1:]):
             if x is not None:
                 refs["sums"][n : n + 1, :] += jnp.sum(x, 0, keepdims=True)

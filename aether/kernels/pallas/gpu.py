@@ -9,6 +9,7 @@ programs add to the same memory. Ideas: Dao et al., 2022, arXiv 2205.14135; Mila
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,9 +25,9 @@ from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.pallas import gpu_kernels as kernels
 from aether.kernels.pallas.device import device
-from aether.kernels.pallas.gpu_tile import LOG2E, Form
-from aether.kernels.scores import DotScore, Score, YatScore
-from aether.kernels.tail import floor_of
+from aether.kernels.pallas.gpu_tile import Form
+from aether.kernels.pallas.tile import form_of, of_numbers
+from aether.kernels.scores import Score, YatScore
 
 WIDTHS = (32, 64, 128)
 
@@ -63,6 +64,7 @@ _OTHERS = {
     (64, 4): Tiles(*[Tile(32, 32, 8, 2)] * 3),
     (128, 4): Tiles(*[Tile(16, 16, 4, 2)] * 3),
 }
+_BEFORE_AMPERE = re.compile(r"\b[KMPTV]\d|RTX 20[678]0|GTX|Quadro|TITAN")  # Triton compiles no bfloat16 for them
 _LARGE = ("H100", "H200", "B200", "B300")  # names of devices with 227 KiB of shared memory a program
 
 
@@ -75,18 +77,11 @@ def tiles_of(kind: str, width: int, itemsize: int, squares: bool) -> Tiles:
     return tiles
 
 
-def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization) -> str:
-    """Return "" if there is a kernel for this, else what it does not do, as one clause."""
-    if device().platform == "gpu" and not device().kind.startswith("NVIDIA"):
-        return f"a {device().kind}"
-    if not isinstance(score, DotScore | YatScore):
-        return f"a score of type {type(score).__name__}"
-    if isinstance(score, YatScore) and score.distance != "expanded":
-        return f"distance={score.distance!r}"
-    if normalization.name not in ("softmax", "l1"):
-        return f"normalization={normalization.name!r}"
-    if mask.dense is not None:
-        return "a dense mask"
+def unsupported(q: Array, k: Array, v: Array) -> str:
+    """Return "" if there is a kernel for such operands, on this device, else what it does not do, as one clause."""
+    platform, kind = device()
+    if platform == "gpu" and (not kind.startswith("NVIDIA") or _BEFORE_AMPERE.search(kind)):
+        return f"{kind}, only NVIDIA GPUs from Ampere on"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"{q.dtype}"
     if q.shape[-1] not in WIDTHS:
@@ -99,7 +94,7 @@ def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normaliz
 def forward(
     q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization, *, interpret: bool = False
 ) -> tuple[Array, Array]:
-    """Return y (b, g, r, t, k) and the final level of each query (b, g, r, t, 1), float32."""
+    """Return y (b, g, r, t, k) and the final level of each query (b, g, r, t, 1), float32, as that of `tpu.forward`."""
     tile = _tiles(q, score).forward
     f = _form(q, k, score, mask, normalization, tile, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)
@@ -116,15 +111,14 @@ def backward(
     score: Score,
     mask: Mask,
     normalization: Normalization,
-    y: Array,
     level: Array,
+    centre: Array,
     g: Array,
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Any]:
-    """Return the gradients of q, k, v and of the score's b, α and ε, for g = dL/dy and what `forward` returned."""
-    centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1)
-    level = -LOG2E * level if normalization.name == "softmax" else 1.0 / level
+    """Return the gradients of q, k, v and of the score's b, α and ε, for the level, Σ g·y a query, and g = dL/dy."""
+    level = -level if normalization.name == "softmax" else 1.0 / level
     _, of_queries, of_keys = _tiles(q, score)
     f = _form(q, k, score, mask, normalization, of_queries, interpret)
     arrays = _arrays(f, q, k, v, score, mask, normalization)
@@ -135,24 +129,20 @@ def backward(
         blocks = math.ceil(f.queries / f.rows)
         outputs["sums"] = jax.ShapeDtypeStruct((*shape[:2], blocks, 4), jnp.float32)
     dq, *sums = _call(kernels.of_queries, f, arrays, outputs, of_queries, 1)
-    f = f._replace(rows=of_keys.rows, columns=of_keys.columns)
+    f = replace(f, rows=of_keys.rows, columns=of_keys.columns)
     outputs = {"dk": jax.ShapeDtypeStruct(k.shape, k.dtype), "dv": jax.ShapeDtypeStruct(v.shape, v.dtype)}
     dk, dv = _call(kernels.of_keys, f, arrays, outputs, of_keys, q.shape[2])
     if isinstance(score, YatScore):
-        score = _of_numbers(score, jnp.sum(sums[0], (0, 2)), q.shape[-1])
+        bias, alpha, epsilon, _ = jnp.sum(sums[0], (0, 2)).T
+        score = of_numbers(score, bias, alpha / math.sqrt(q.shape[-1]), epsilon)
     return dq.reshape(q.shape), dk, dv, score
 
 
 def _form(
     q: Array, k: Array, score: Score, mask: Mask, normalization: Normalization, tile: Tile, interpret: bool
 ) -> Form:
-    yat = isinstance(score, YatScore)
-    spherical = isinstance(score, YatScore) and score.spherical
     return Form(
-        yat=yat,
-        spherical=spherical,
-        floor=floor_of(q.dtype, spherical),
-        softmax=normalization.name == "softmax",
+        **vars(form_of(score, normalization.name == "softmax", q.dtype)),
         causal=mask.causal,
         window=mask.window,
         queries=q.shape[-2],
@@ -185,16 +175,6 @@ def _arrays(
         if getattr(mask, name) is not None:
             arrays[name] = getattr(mask, name).astype(jnp.int32)
     return arrays
-
-
-def _of_numbers(score: YatScore, sums: Array, width: int) -> YatScore:
-    """Return the gradients of b, α and ε in their shapes, for sums (h, 4)."""
-
-    def like(number: Array | float, each: Array) -> Array:
-        return (each if jnp.size(number) > 1 else jnp.sum(each)).reshape(jnp.shape(number))
-
-    alpha = like(score.alpha, sums[:, 1] / math.sqrt(width))
-    return replace(score, bias=like(score.bias, sums[:, 0]), alpha=alpha, epsilon=like(score.epsilon, sums[:, 2]))
 
 
 def _call(

@@ -14,9 +14,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from aether.kernels.pallas import gpu_tile as tile
-from aether.kernels.pallas.gpu_tile import LOG2E, Form, Refs, across, down, product
+from aether.kernels.pallas.gpu_tile import Form, Refs, across, down
+from aether.kernels.pallas.tile import LOW, hide, product
 
-_LOW = -1e30  # stands for the maximum of no score
 _FIRST: Any = np.int32(0)  # head of those that a program sees
 
 Span = tuple[Array | int, Array | int, Array | int, Array | int]
@@ -31,7 +31,7 @@ def forward(f: Form, refs: Refs, y_ref: Any, level_ref: Any) -> None:
         level, total, mean = carry
         k = tile.load_keys(f, refs, j, edge, across)
         pairs = tile.compare(f, numbers, q, k, edge)
-        w = tile.hide(f, (numbers.alpha * f.unit) * pairs.ratio, pairs.seen)
+        w = hide(f, (numbers.alpha * f.unit) * pairs.ratio, pairs.seen)
         if f.softmax:
             higher = jnp.maximum(level, jnp.max(w, 1))
             w, shrink = tile.exp2(f, w - higher[:, None]), tile.exp2(f, level - higher)
@@ -39,12 +39,12 @@ def forward(f: Form, refs: Refs, y_ref: Any, level_ref: Any) -> None:
         return level, total + jnp.sum(w, 1), mean + product(w.astype(k.v.dtype), k.v, 1, 0)
 
     zeros = jnp.zeros((f.rows,), jnp.float32)
-    start = (zeros + _LOW, zeros, jnp.zeros(q.x.shape, jnp.float32))
+    start = (zeros + LOW, zeros, jnp.zeros(q.x.shape, jnp.float32))
     level, total, mean = _loop(span_of_queries(f, i, tile.offset_of(refs)), add, start)
     if f.softmax:
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        level = jnp.where(some, level / LOG2E + jnp.log(total), 0.0)
+        level = jnp.where(some, level + jnp.log2(total), 0.0)
     else:
         level = total = total + numbers.constant
     tile.save(y_ref, (_FIRST,), i * f.rows, mean / total[:, None], f.queries)

@@ -9,6 +9,7 @@ Scores are (query, key) or (key, query): whoever is turned `down` when loaded co
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,19 +18,17 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-LOG2E = 1.4426950408889634
+from aether.kernels.pallas import tile
+from aether.kernels.pallas.tile import hide, product
 
 Refs = dict[str, Any]
 Turn = Callable[[Array], Array]
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form(tile.Form):
     """What a kernel is compiled for; lengths and block sizes are numbers of queries and of keys."""
 
-    yat: bool
-    spherical: bool
-    floor: float
-    softmax: bool
     causal: bool
     window: int | None
     queries: int
@@ -37,16 +36,6 @@ class Form(NamedTuple):
     rows: int
     columns: int
     interpret: bool
-
-    @property
-    def squares(self) -> bool:
-        """Say whether scores need ‖q‖² and ‖k‖²."""
-        return self.yat and not self.spherical
-
-    @property
-    def unit(self) -> float:
-        """Return the factor of the scores."""
-        return LOG2E if self.softmax else 1.0
 
 
 class Numbers(NamedTuple):
@@ -124,13 +113,6 @@ def _seen(f: Form, q: Queries, k: Keys, edge: bool) -> Array | None:
     return seen
 
 
-def hide(f: Form, s: Array, seen: Array | None) -> Array:
-    """Replace scores that are not seen by one whose weight is 0; L1 takes negative ones for 0."""
-    if f.softmax:
-        return s if seen is None else jnp.where(seen, s, -jnp.inf)
-    return jnp.maximum(s if seen is None else jnp.where(seen, s, 0.0), 0.0)
-
-
 def weigh(f: Form, numbers: Numbers, pairs: Pairs, dw: Array, q: Queries) -> tuple[Array, Array]:
     """Return the weights w, and dL/ds for dw = dL/dw."""
     dw = dw - q.centre
@@ -147,13 +129,6 @@ def of_dot(f: Form, numbers: Numbers, pairs: Pairs, e: Array) -> tuple[Array, Ar
         return e * numbers.alpha, e
     et, twice = e * pairs.t, 2.0 * numbers.alpha
     return et * _fma(f, twice, pairs.free, twice), et
-
-
-def product(x: Array, w: Array, of_x: int, of_w: int) -> Array:
-    """Return the product of two matrices over these axes, in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # TF32 would lose distances
-    axes = (((of_x,), (of_w,)), ((), ()))
-    return jax.lax.dot_general(x, w, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def exp2(f: Form, x: Array) -> Array:

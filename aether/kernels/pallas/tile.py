@@ -8,13 +8,16 @@ Queries come doubled (exact in any floating dtype), so that a tile begins with m
 and for a gradient g of the score: z = g T, w = z T, g ds/dn = z α/√d, g ds/dQ = −w α/(4 √d), and by q·k in all z + w/2,
 in α/√d, where the distance is not clamped. Weights of softmax are powers of two, of scores and levels times log₂ e.
 
-Everything is elementwise: tiles may be (query, key) or (key, query), what belongs to one side broadcasts.
+All but `product` is elementwise: tiles may be (query, key) or (key, query), what belongs to one side broadcasts.
+GPUs take the form, `hide`, `product` and `of_numbers` from here; the rest is in their own instructions in `gpu_tile`.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -25,7 +28,8 @@ LOW = -1e30  # stands for the maximum of no score
 LOG2E = math.log2(math.e)
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """What is known of scores and weights when a kernel is built."""
 
     yat: bool
@@ -76,6 +80,13 @@ def form_of(score: Score, softmax: bool, dtype: Any) -> Form:
     return Form(True, score.spherical, floor_of(dtype, score.spherical), softmax)
 
 
+def product(x: Array, w: Array, of_x: int, of_w: int) -> Array:
+    """Return the product of two matrices over these axes, in float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # less would lose distances
+    axes = (((of_x,), (of_w,)), ((), ()))
+    return jax.lax.dot_general(x, w, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
 def compare(form: Form, m: Array, squares: tuple[Any, Any], head: Head, inverse: Callable[[Array], Array]) -> Pairs:
     """Return what the scores are made of, for m = 2 q·k and the squared norms of both sides.
 
@@ -120,3 +131,17 @@ def weigh(form: Form, score: Array, level: Array, inverse: Callable[[Array], Arr
         return w, w
     scale = inverse(level)
     return score * scale, jnp.where(score > 0, scale, 0.0)
+
+
+def of_numbers(score: YatScore, bias: Array, alpha: Array, epsilon: Array) -> YatScore:
+    """Return the gradients of b, α and ε in their shapes, for one of each a head, (h,)."""
+
+    def like(number: Array | float, each: Array) -> Array:
+        return (each if jnp.size(number) > 1 else jnp.sum(each)).reshape(jnp.shape(number))
+
+    return replace(
+        score,
+        bias=like(score.bias, bias),
+        alpha=like(score.alpha, alpha),
+        epsilon=like(score.epsilon, epsilon),
+    )

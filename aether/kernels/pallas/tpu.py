@@ -12,7 +12,6 @@ Idea of the online softmax and of recomputation: Dao et al., 2022, arXiv 2205.14
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,28 +23,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
-from aether.kernels.pallas import body
+from aether.kernels.pallas import body, tile
 from aether.kernels.pallas.blocks import Blocks, blocks_of
 from aether.kernels.pallas.device import device
 from aether.kernels.pallas.operands import FACTOR, Operands, Plan, operands_of, pad
 from aether.kernels.pallas.work import work
-from aether.kernels.scores import DotScore, Score, YatScore
+from aether.kernels.scores import Score, YatScore
 
 Axis = Literal["parallel", "arbitrary"]
 WIDEST = 256
 _FAR = 1e30  # level of queries that fill up a block: their weights are 0
 
 
-def unsupported(q: Array, k: Array, v: Array, score: Score, mask: Mask, normalization: Normalization) -> str:
-    """Return "" if there is a kernel for this, else what it does not do, as one clause."""
-    if not isinstance(score, DotScore | YatScore):
-        return f"score {type(score).__name__}"
-    if isinstance(score, YatScore) and score.distance != "expanded":
-        return f"distance={score.distance!r}"
-    if normalization.name not in ("softmax", "l1"):
-        return f"normalization={normalization.name!r}"
-    if mask.dense is not None:
-        return "a dense mask"
+def unsupported(q: Array, k: Array, v: Array) -> str:
+    """Return "" if there is a kernel for such operands, else what it does not do, as one clause."""
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtype {q.dtype}"
     for width in (k.shape[-1], v.shape[-1]):
@@ -107,22 +98,21 @@ def backward(
     score: Score,
     mask: Mask,
     normalization: Normalization,
-    y: Array,
     level: Array,
+    centre: Array,
     g: Array,
     *,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Score]:
-    """Return the gradients of q, k, v and of the score's numbers, for the gradient `g` of y."""
+    """Return the gradients of q, k, v and of the score's numbers, for the level, Σ g·y a query, and g = dL/dy."""
     o = operands_of(q, k, v, score, mask, normalization, blocks or _blocks(q, k, v, mask, True))
-    centre = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1)
     p, (b, heads, r, t, _) = o.plan, q.shape
     rows, more = p.blocks.rows, p.row_blocks * p.blocks.rows - t
     o.arrays.update(
         g=pad(g.astype(v.dtype), -2, more),
         level=pad(level.swapaxes(-1, -2), -1, more, _FAR),
-        centre=pad(centre[..., None, :], -1, more),
+        centre=pad(centre.swapaxes(-1, -2), -1, more),
     )
     steps = p.steps(p.held)
 
@@ -159,11 +149,13 @@ def backward(
     )
     dq = jnp.sum(dq, 0)[..., :t].swapaxes(-1, -2)
     factor = o.parameters[FACTOR].reshape(heads, r, 1, 1)
-    if sums:
+    if isinstance(score, YatScore):
         total = jnp.sum(sums[0], 0)[..., :t]
         if p.form.squares:
             dq -= 0.5 * total[..., 1, :, None] * q.astype(jnp.float32)
-        score = _of_numbers(score, jnp.sum(total, (0, -1)), factor, q.shape[-1])
+        bias, _, alpha, epsilon = jnp.sum(total, (0, -1)).reshape(-1, 4).T
+        by_head, root = factor.reshape(-1), math.sqrt(q.shape[-1])
+        score = tile.of_numbers(score, by_head * bias, alpha / (4.0 * root), -0.25 * by_head * epsilon)
     s = k.shape[-2]
     return (dq * factor).astype(q.dtype), dk[:, :, :s].astype(k.dtype), dv[:, :, :s].astype(v.dtype), score
 
@@ -171,18 +163,6 @@ def backward(
 def _blocks(q: Array, k: Array, v: Array, mask: Mask, backward: bool) -> Blocks:
     sizes = q.shape[-2], k.shape[-2], max(k.shape[-1], v.shape[-1]), q.dtype.itemsize
     return blocks_of(device().kind, *sizes, window=mask.window, backward=backward)
-
-
-def _of_numbers(score: Any, sums: Array, factor: Array, width: int) -> Any:
-    """Return the gradients of b, α and ε, for sums (g, r, 4) of `tile.Slopes`, in the shapes of the numbers."""
-    bias, _, alpha, epsilon = sums.reshape(-1, 4).T
-    factor = factor.reshape(-1)
-    named = {"bias": factor * bias, "alpha": alpha / (4.0 * math.sqrt(width)), "epsilon": -0.25 * factor * epsilon}
-    shapes = {name: jnp.shape(getattr(score, name)) for name in named}
-    return replace(
-        score,
-        **{n: (jnp.sum(a) if math.prod(shapes[n]) == 1 else a).reshape(shapes[n]) for n, a in named.items()},
-    )
 
 
 def _cost(q: Array, k: Array, v: Array, mask: Mask, p: Plan) -> tuple[pl.CostEstimate, pl.CostEstimate]:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from aether.kernels.attention import DotScore, YatScore
-from aether.kernels.blockwise import blockwise
+from aether.kernels.attention import DotScore, YatScore, plain
 from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from aether.kernels.pallas import gpu, gpu_kernels, gpu_tile
 from aether.testing import equations
 from tools import reference as ref
 
+FAST = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 STEP = 1e-30  # of complex differentiation, which nothing rounds
 DIRECTIONS = 3
 CONSTANT = 0.1  # ε₁ of L1
@@ -37,15 +37,13 @@ class Case(NamedTuple):
 CASES = {
     "causal": Case((1, 2, 2, 150, 150, 32), "plain", dict(causal=True)),
     "cross, wide": Case((1, 1, 2, 17, 101, 128), "plain", dict()),
-    "spherical window": Case((2, 2, 1, 150, 150, 64), "spherical", dict(window=40)),
+    "spherical window": Case((2, 1, 1, 150, 150, 64), "spherical", dict(window=40)),
     "dot after a cache": Case((1, 2, 2, 50, 150, 64), "dot", dict(causal=True, offset=77)),
     "segments, padding": Case((2, 1, 2, 97, 97, 32), "spherical", dict(causal=True, segments=True, valid=True)),
     "l1 window after a cache": Case((1, 2, 2, 70, 130, 32), "plain", dict(window=50, offset=40), "l1"),
     "l1 padding": Case((2, 1, 1, 64, 128, 64), "spherical", dict(valid=True), "l1"),
-    "bfloat16 causal": Case((1, 1, 2, 150, 150, 64), "spherical", dict(causal=True), dtype="bfloat16"),
-    "bfloat16 window, wide": Case((1, 2, 1, 90, 90, 128), "plain", dict(window=30), dtype="bfloat16"),
+    "bfloat16 window, wide": Case((1, 2, 1, 90, 90, 128), "spherical", dict(window=30), dtype="bfloat16"),
     "bfloat16 l1 segments": Case((2, 1, 2, 80, 80, 32), "plain", dict(segments=True), "l1", "bfloat16"),
-    "bfloat16 dot": Case((1, 1, 2, 40, 140, 128), "dot", dict(causal=True, offset=100), dtype="bfloat16"),
 }
 
 
@@ -92,12 +90,16 @@ def exact(case, seen, q, k, v, bias, alpha, epsilon):
     return np.einsum("bgrts,bgsk->bgrtk", weights, v), s
 
 
-@partial(jax.jit, static_argnames="normalization", compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnames="normalization", compiler_options=FAST)
 def run(q, k, v, dy, score, mask, normalization):
     n = Normalization(normalization, constant=CONSTANT).by_head(*q.shape[1:3])
-    assert gpu.unsupported(q, k, v, score, mask, n) == ""
+    assert gpu.unsupported(q, k, v) == ""
     y, level = gpu.forward(q, k, v, score, mask, n, interpret=True)
-    return y, level, gpu.backward(q, k, v, score, mask, n, y, level, dy, interpret=True)
+    return y, level, gpu.backward(q, k, v, score, mask, n, level, centre(dy, y), dy, interpret=True)
+
+
+def centre(dy, y):
+    return jnp.sum(jnp.float32(dy) * jnp.float32(y), -1, keepdims=True)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -117,7 +119,7 @@ def test_values_and_gradients(rng, case):
     assert np.any(nothing) == ("valid" in case.mask and case.score == "spherical" and "causal" in case.mask)
     assert not np.any(np.float64(y)[nothing]) and not np.any(np.float64(dq)[nothing])
     total = np.sum(np.where(seen, np.exp(s) if case.normalization == "softmax" else s, 0.0), -1)
-    levels = np.log(np.where(nothing, 1.0, total)) if case.normalization == "softmax" else total + CONSTANT
+    levels = np.log2(np.where(nothing, 1.0, total)) if case.normalization == "softmax" else total + CONSTANT
     np.testing.assert_allclose(level[..., 0], levels, rtol=limit, atol=limit)
     gradients = [dq, dk, dv, *jax.tree.leaves(dscore)]
     for name, at, gradient in zip(("q", "k", "v", "b", "alpha", "epsilon"), range(6), gradients, strict=False):
@@ -127,8 +129,21 @@ def test_values_and_gradients(rng, case):
             moved = [x + 1j * STEP * direction if n == at else x for n, x in enumerate(args)]
             wanted = np.sum(np.float64(dy) * exact(case, seen, *moved)[0].imag) / STEP
             error = abs(np.sum(gradient * direction) - wanted)
-            # 2: dα of L1 cancels all but ε₁'s share, and y is rounded before it enters
-            assert error <= 3 * limit * max(2.0, np.linalg.norm(gradient)), (name, error, wanted)
+            bound = 3 * limit * max(1.0, np.linalg.norm(gradient))
+            if name == "alpha" and case.normalization == "l1" and case.dtype == "bfloat16":
+                bound = 3 * np.linalg.norm(direction * rounding_of_alpha(case, seen, args, np.float64(dy)))
+            assert error <= bound, (name, error, wanted)
+
+
+def rounding_of_alpha(case, seen, args, dy):
+    """By how much rounding moves dL/dα of L1, one a head: 2⁻⁹ √Σ of the squares of its terms.
+
+    dL/dα = Σ w (dL/dy · v − dL/dy · y) / α over all pairs cancels but for the share of ε₁, here 0.5 of terms that sum
+    to 500, and w and y are rounded to bfloat16 before. The blockwise form loses as much, float32 operands lose 2e-6.
+    """
+    y, s = exact(case, seen, *args)
+    terms = ref.attention_weights(s, seen, "l1", epsilon=CONSTANT) * np.einsum("bgrtk,bgsk->bgrts", dy, args[2])
+    return 2.0**-9 * np.sqrt(sum(np.sum(x * x, (0, 3, 4)).reshape(-1) for x in (terms, dy * y))) / args[4]
 
 
 def test_the_reference_of_scores_is_the_library_s(rng):
@@ -149,19 +164,36 @@ def test_close_vectors_have_the_least_distance(rng):
     score, n, mask = YatScore(*numbers), Normalization().by_head(1, 1), Mask(window=2)
 
     def right(q, k, v):
-        return blockwise(q, k[:, :, 0], v[:, :, 0], score, mask, n, 35)
+        return plain(q, k[:, :, 0], v[:, :, 0], score, mask, n)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST)
     def both(x, v, dy):
         y, pull = jax.vjp(right, x, x, v)
         k, values = x[:, :, 0], v[:, :, 0]
         ours, level = gpu.forward(x, k, values, score, mask, n, interpret=True)
-        gradients = gpu.backward(x, k, values, score, mask, n, ours, level, dy, interpret=True)
+        gradients = gpu.backward(x, k, values, score, mask, n, level, centre(dy, ours), dy, interpret=True)
         return (y, *pull(dy)), (ours, *gradients[:3])
 
     for one, other in zip(*both(x, v, dy), strict=True):
         assert np.linalg.norm(one) > 1.0
         np.testing.assert_allclose(np.reshape(other, one.shape), one, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_of_large_scores_sum_to_1(rng):
+    """Scores of 1e4, log₂ e times which float32 rounds by up to 2⁻¹¹: the level once, and a score once, 7e-4 in all.
+
+    Vectors are integers, whose products are exact in any order. Query i gets dL/dy = 1 in entry i alone, so that dv is
+    the weights of the backward pass, (key, query).
+    """
+    q, k = (rng.integers(-1, 2, (1, 4, *shape)) for shape in ((1, 32, 32), (48, 32)))
+    q[..., 0], k[..., 0] = rng.integers(195, 205, (1, 4, 1, 32)), 300
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, rng.normal(size=k.shape)))
+    score = YatScore(*(jnp.full((1,), n, jnp.float32) for n in (0.0, 0.15, 0.25)))
+    dy = jnp.broadcast_to(jnp.eye(32), q.shape)
+    y, level, (_, _, weights, _) = run(q, k, v, dy, score, Mask(), "softmax")
+    assert 8e3 < np.min(level) and np.max(level) < 2**14 and np.mean(np.max(weights, 2)) < 0.9
+    np.testing.assert_allclose(np.sum(weights, 2), 1.0, atol=7e-4)
+    np.testing.assert_allclose(np.swapaxes(weights, 2, 3) @ v, y[:, :, 0], atol=7e-4 * np.max(np.abs(v)))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 12])
@@ -202,12 +234,21 @@ def both(q, k, v, score, segments, valid, offset, normalization):
     n = Normalization(normalization).by_head(*q.shape[1:3])
     mask = Mask(window=100, offset=offset, query_segments=segments, key_segments=segments, valid=valid)
     y, level = gpu.forward(q, k, v, score, mask, n)
-    return y, gpu.backward(q, k, v, score, mask, n, y, level, y)
+    return y, gpu.backward(q, k, v, score, mask, n, level, centre(y, y), y)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("width", gpu.WIDTHS)
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [
+        (64, "bfloat16"),
+        (128, "float32"),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in [(32, "bfloat16"), (32, "float32"), (64, "float32"), (128, "bfloat16")]
+        ),
+    ],
+)
 def test_lowers_for_cuda(width, dtype):
     q, k, segments, valid = shapes(width, dtype)
     number = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -234,13 +275,28 @@ def test_products_take_the_operands_dtype_and_keep_float32(dtype):
 
 def test_what_is_unsupported_is_said():
     q, k, _, _ = shapes(64, "bfloat16")
-    n = Normalization()
     odd, half = shapes(48, "bfloat16"), shapes(64, "float16")
-    assert gpu.unsupported(q, k, k, YatScore(), Mask(causal=True), n) == ""
-    assert gpu.unsupported(q, k, k, YatScore(distance="exact"), Mask(), n) == "distance='exact'"
-    assert gpu.unsupported(q, k, k, YatScore(), Mask(), Normalization("softermax", 2.0)) == "normalization='softermax'"
-    assert gpu.unsupported(q, k, k, YatScore(), Mask(dense=jnp.ones((1, 1), bool)), n) == "a dense mask"
-    assert gpu.unsupported(odd[0], odd[1], odd[1], YatScore(), Mask(), n) == "heads of width 48"
-    assert gpu.unsupported(q, k, shapes(32, "bfloat16")[1], DotScore(), Mask(), n) == "values of another width, 32"
-    assert gpu.unsupported(half[0], half[1], half[1], YatScore(), Mask(), n) == "float16"
-    assert gpu.unsupported(q, k, k, lambda q, k: q, Mask(), n) == "a score of type function"
+    assert gpu.unsupported(q, k, k) == ""
+    assert gpu.unsupported(odd[0], odd[1], odd[1]) == "heads of width 48"
+    assert gpu.unsupported(q, k, shapes(32, "bfloat16")[1]) == "values of another width, 32"
+    assert gpu.unsupported(half[0], half[1], half[1]) == "float16"
+
+
+@pytest.mark.parametrize(
+    ("taken", "kinds"),
+    [
+        (False, ["AMD Instinct MI300X", "Tesla V100-SXM2-16GB", "NVIDIA V100", "Tesla P100-PCIE-16GB", "NVIDIA P4"]),
+        (False, ["Tesla T4", "NVIDIA T4", "NVIDIA T1000", "NVIDIA GeForce RTX 2080 Ti", "NVIDIA GeForce GTX 1080"]),
+        (False, ["NVIDIA Quadro RTX 6000", "NVIDIA TITAN V", "NVIDIA TITAN RTX"]),
+        (True, ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A10", "NVIDIA L4", "NVIDIA L40S", "NVIDIA RTX A4000"]),
+        (True, ["NVIDIA GeForce RTX 2050", "NVIDIA RTX 2000 Ada Generation", "NVIDIA GeForce RTX 3090"]),
+        (True, ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA B200", "NVIDIA GB200"]),
+    ],
+)
+def test_gpus_older_than_ampere_are_refused(taken, kinds):
+    """Triton does not compile bfloat16 for them."""
+    q, k, _, _ = shapes(64, "bfloat16")
+    for kind in kinds:
+        mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice(kind, 1, "cuda"))
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert gpu.unsupported(q, k, k) == ("" if taken else f"{kind}, only NVIDIA GPUs from Ampere on")
