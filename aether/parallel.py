@@ -18,7 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from aether.config import Config, MeshConfig
 from aether.errors import InputError
+from aether.kernels.flash import unsupported
 from aether.kernels.masks import Mask
+from aether.kernels.normalization import Normalization
+from aether.kernels.scores import DotScore
 
 AXES = ("data", "fsdp", "sequence", "tensor")  # outermost first: tensor talks most, so its devices are the nearest
 ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
@@ -196,8 +199,12 @@ def placed(shapes: Any, mesh: Mesh, c: MeshConfig | None = None) -> Any:
 
 
 def check(c: Config, mesh: Mesh) -> None:
-    """Raise `InputError` unless `mesh.rules` makes sense and microbatches, heads and positions divide over the mesh."""
+    """Raise `InputError` unless `mesh.rules` makes sense and microbatches, heads and positions divide over the mesh.
+
+    So it does if the kernel that `model.attention_impl` names is not to be had for these devices and heads.
+    """
     rules_of(c.mesh)
+    _check_kernel(c, mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch, accumulate, context = c.data.batch_size, c.train.accumulate, c.data.context
     if batch // accumulate % ways:
@@ -209,6 +216,17 @@ def check(c: Config, mesh: Mesh) -> None:
         if size % mesh.shape[axis]:
             fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
             raise InputError(f"{key} is {size}, which mesh.{axis}={mesh.shape[axis]} does not divide; {fitting} would.")
+
+
+def _check_kernel(c: Config, mesh: Mesh) -> None:
+    if c.model.attention_impl != "flash":
+        return
+    heads: Any = jax.ShapeDtypeStruct((1, 1, 1, 1, c.model.width // c.model.heads), jnp.dtype(c.model.dtype))
+    one = Mesh(mesh.devices.flat[:1], "data", axis_types=(AxisType.Auto,))
+    with jax.set_mesh(one):
+        missing = unsupported(heads, heads, heads, DotScore(), Mask(), Normalization())
+    if missing:
+        raise InputError(f"model.attention_impl is flash. {missing} Set it to auto, or to blockwise.")
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
