@@ -198,7 +198,7 @@ def test_a_large_array_that_is_left_whole_is_named():
 
 
 def test_a_kernel_that_is_not_to_be_had_is_refused_before_anything_is_compiled():
-    config = tiny_config(model=dict(attention_impl="flash")).resolved(64)
+    config = tiny_config(model=dict(attention_impl="flash"))
     with pytest.raises(InputError, match=r"model\.attention_impl is flash\. There is no flash kernel for cpu .* auto"):
         check(config, make_mesh(MeshConfig(data=-1)))
 
