@@ -1,5 +1,6 @@
 """Rotary positions against complex multiplication in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,3 +36,13 @@ def test_position_zero_changes_nothing_and_bfloat16_stays(rng):
     x = jnp.asarray(rng.normal(size=(1, 2, 1, 4)), jnp.bfloat16)
     y = rotate(x, jnp.zeros((1, 2), jnp.int32))
     assert y.dtype == jnp.bfloat16 and (y == x).all()
+
+
+def test_the_gradient_turns_back(rng):
+    """rotate is linear, so that Σ g · rotate(y) is the gradient of Σ g · rotate(x) along y."""
+    x, y, g = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.float32) for _ in range(3))
+    positions = jnp.asarray(rng.integers(1, 100, (2, 5)))
+    gradient = jax.grad(lambda x: jnp.sum(g * rotate(x, positions)))(x)
+    np.testing.assert_allclose(
+        jnp.sum(gradient * y), jnp.sum(g * rotated(np.asarray(y), np.asarray(positions))), rtol=1e-4
+    )
