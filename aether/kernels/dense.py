@@ -2,8 +2,7 @@
 
 Directions are compared by scaling the product, x·w/(‖x‖‖w‖), not the operands. So every form is one product with an
 elementwise tail (`aether.kernels.tail`), and what the norms add to the gradients are sums of such tails along rows and
-columns. XLA computes both in the loops of the products, which then cost what they cost alone; a barrier around the
-number that is kept prevents that a product is computed again where that is read.
+columns. XLA computes both in the loops of the products, which then cost little more than alone.
 
 Axes: x (..., m, d), w (..., d, n), or (..., n, d) if its vectors are rows.
 """
@@ -97,12 +96,13 @@ def _keep(form: Form, x: Array, w: Array, bias: Array, epsilon: Array) -> tuple[
     u, kept = ops.tail.respond(_dot(form, ops, x, w), ops.s, bias, epsilon)
     if w.ndim == 2:  # a remat policy may save it: it is all of the product, and of the hidden units
         kept = checkpoint_name(checkpoint_name(kept, "product"), "hidden")
-    return ops, u, jax.lax.optimization_barrier(kept)
+    return ops, u, kept
 
 
 def _unit_forward(form, x, w, bias, alpha, epsilon):
     ops, u, kept = _keep(form, x, w, bias, epsilon)
     if jnp.finfo(form.dtype).bits <= jnp.finfo(x.dtype).bits:  # else y is not to lose what u loses when it is kept
+        kept = jax.lax.optimization_barrier(kept)  # lest XLA compute the product twice, for this and for y
         u = ops.tail.response(kept, ops.s, bias, epsilon).astype(jnp.float32)
     return (alpha * u).astype(form.dtype), (x, w, bias, alpha, epsilon, kept)
 
