@@ -20,6 +20,14 @@ def launch(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
 
 
+@pytest.fixture(autouse=True)
+def fresh_flags():
+    """Forget what other tests of this process have parsed."""
+    bench.FLAGS.unparse_flags()
+    for name in bench.FLAGS:
+        bench.FLAGS[name].unparse()
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
