@@ -93,7 +93,8 @@ def test_lines_and_the_common_exit_code(start):
 
 
 def test_arguments_and_variables_reach_the_processes(start):
-    shown = "print(*sys.argv[1:], *(os.environ[k] for k in ('JAX_NUM_PROCESSES', 'JAX_NUM_CPU_DEVICES')))"
+    words = "[*sys.argv[1:], *(os.environ[k] for k in ('JAX_NUM_PROCESSES', 'JAX_NUM_CPU_DEVICES'))]"
+    shown = f"os.write(1, (' '.join({words}) + chr(10)).encode())"  # a line at once, lest two be mixed
     code, out, err = ended(start(shown, "--processes=2", "--devices=3", rest=("7", "--config=x y")))
     assert code == 0 and sorted(out.splitlines()) == ["7 --config=x y 2 3", "[1] 7 --config=x y 2 3"], err
 
