@@ -5,12 +5,13 @@ import re
 
 import pytest
 
-from aether.config import AUTO, KINDS, SIZES, Config, build, default_config, differences, knobs
+from aether.config import AUTO, KINDS, SIZES, Config, Pictures, build, default_config, differences, knobs
+from aether.config.kinds import OPEN
 from aether.errors import InputError
 
 FREE = (
     r"mesh\..*|checkpoint\..*|train\.(log_every|eval_every|eval_batches|steps|sample_.*|max_skipped|profile_steps|wandb)"
-    r"|data\.(workers|prefetch|cache_dir|tfds_dir)|faults\.(?!spike_)\w*|model\.(remat|remat_names|scan_layers|attention_impl)"
+    r"|image\.strict|data\.(workers|prefetch|cache_dir|tfds_dir)|faults\.(?!spike_)\w*|model\.(remat|remat_names|scan_layers|attention_impl)"
 )
 
 
@@ -57,7 +58,7 @@ def test_what_may_change_on_resume_is_what_was_promised():
         (dict(model=dict(dropout=0.95)), "model.dropout is 0.95; it takes a number from 0.0 to 0.9"),
         (dict(optim=dict(learning_rate=float("nan"))), "optim.learning_rate is nan; it takes a finite number"),
         (dict(optim=dict(learning_rate=float("inf"))), "optim.learning_rate is inf"),
-        (dict(model=dict(kind="bert")), "model.kind is 'bert'; it takes one of aether, gpt2"),
+        (dict(model=dict(kind="llama")), "model.kind is 'llama'; it takes one of aether, gpt2, minibert"),
         (dict(optim=dict(lr_scale={"a": "b"})), r"optim.lr_scale.a is 'b' \(str\)"),
         (dict(data=dict(weights={"a": 1.0})), "data.weights names a"),
         (dict(data=dict(mixture={"a": "x"}, weights={"a": 0.0})), "data.weights.a is 0.0"),
@@ -74,17 +75,65 @@ def test_an_int_is_a_float_where_one_is_asked_for():
     assert type(rate.learning_rate) is float and type(rate.lr_scale["a"]) is float
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
+PICTURES = Pictures(classes=10, size=32, channels=3, mean=0.5, std=0.25)
+
+
+@pytest.mark.parametrize(("kind", "size"), [(k, s) for k, (family, _) in KINDS.items() for s in SIZES[family]])
 def test_kind_and_size_decide_everything_left_open(kind, size):
-    config = with_(model=dict(kind=kind, size=size)).resolved(1000)
+    family, parts = KINDS[kind]
+    images = family in ("vit", "resnet")
+    config = with_(model=dict(kind=kind, size=size)).resolved(*((0, PICTURES) if images else (1000,)))
     for key, f in knobs():
         section, name = key.split(".")
-        assert not f.metadata["auto"] or getattr(getattr(config, section), name) not in (0, AUTO), key
-    expected = {**SIZES[size], **KINDS[kind], "hidden": 4 * SIZES[size]["width"], "vocab": 1000}
+        here = name in OPEN[family] if section == "model" and name != "size" else images or section != "image"
+        assert (getattr(getattr(config, section), name) not in (0, AUTO)) or not (f.metadata["auto"] and here), key
+    expected = {**SIZES[family][size], **parts, **(dict(classes=10) if images else dict(vocab=1000))}
     assert {k: getattr(config.model, k) for k in expected} == expected
-    assert config.optim.schedule_steps == config.train.steps
-    assert config.resolved(1000) == config
+    assert config.model.hidden == (0 if family == "resnet" else 4 * config.model.width)
+    assert config.optim.schedule_steps == config.train.steps and config.optim.learning_rate > 0
+    assert config.resolved(*((0, PICTURES) if images else (1000,))) == config == config.resolved()
+
+
+def test_a_family_is_of_its_first_size():
+    assert (Config().resolved(10).model.size, Config().resolved(10).model.width) == ("tiny", 128)
+    assert with_(model=dict(kind="resnet")).resolved(0, PICTURES).model.blocks == (2, 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "stem"),
+    [(8, 1, "cifar"), (28, 4, "cifar"), (32, 4, "cifar"), (64, 8, "cifar"), (96, 12, "cifar"), (224, 16, "imagenet")],
+)
+def test_patches_and_stems_follow_the_images(size, patch, stem):
+    pictures = dataclasses.replace(PICTURES, size=size)
+    assert with_(model=dict(kind="vit")).resolved(0, pictures).model.patch == patch
+    assert with_(model=dict(kind="resnet")).resolved(0, pictures).model.stem == stem
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            dict(kind="resnet", size="124m"),
+            "model.size is '124m' and model.kind resnet; it takes one of 18, 34, 50, 101",
+        ),
+        (dict(kind="resnet", heads=3), "model.heads is 3, but resnet has no such part"),
+        (dict(kind="aether_vit", stem="cifar"), "model.stem is 'cifar', but aether_vit has no such part"),
+        (dict(kind="gpt2", head="yat"), "model.head is yat and model.kind gpt2; it takes one of tied, untied"),
+        (dict(kind="vit", patch=5), "model.patch is 5, which does not divide the 32 .*; 1, 2, 4, 8, 16, 32 would"),
+        (dict(kind="resnet", stages="2,x"), "model.stages is '2,x'; write the blocks"),
+        (dict(kind="resnet", stages="2,0"), "model.stages is '2,0'; write the blocks"),
+        (dict(kind="resnet", classes=5), "model.classes is 5 but the data have 10 classes"),
+        (dict(kind="aether", attention="yat_linear"), "model.attention is yat_linear, which is for minibert"),
+    ],
+)
+def test_parts_that_a_family_does_not_have_are_refused(model, message):
+    with pytest.raises(InputError, match=message):
+        with_(model=model).resolved(0, PICTURES)
+
+
+def test_the_images_own_size_and_statistics_fill_what_is_left_open():
+    config = with_(model=dict(kind="resnet"), image=dict(size=16, std=0.5)).resolved(0, PICTURES)
+    assert (config.image.size, config.image.channels, config.image.mean, config.image.std) == (16, 3, 0.5, 0.5)
 
 
 def test_an_explicit_value_wins():

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from aether.config import build, knobs
+from aether.config import Pictures, build, knobs
+from aether.config.kinds import OPEN
 from launch.overrides import load_config, make_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.py"))
+BASELINES = {"aether": "gpt2", "minibert": "bert", "aether_resnet": "resnet", "aether_vit": "vit"}
 VOCABULARY = {"bytes": 257, "chars": 66}
 
 
@@ -22,16 +24,19 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("kind", ["aether", "gpt2"])
-def test_builds_and_resolves(path, kind):
-    config = make_config(str(path), [f"model.kind={kind}"])
-    resolved = config.resolved(VOCABULARY.get(config.data.tokenizer, 50257))
-    undecided = [
-        key
-        for key, f in knobs()
-        if f.metadata["auto"] and getattr(getattr(resolved, key.split(".")[0]), key.split(".")[1]) in (0, "auto")
-    ]
-    assert undecided == []
+@pytest.mark.parametrize("baseline", [False, True])
+def test_builds_and_resolves(path, baseline):
+    config = make_config(str(path), [])
+    if baseline:
+        config = make_config(str(path), [f"model.kind={BASELINES[config.model.kind]}"])
+    images = config.model.task == "classify"
+    pictures = Pictures(classes=10, size=config.image.size or 32, channels=3, mean=0.5, std=0.25) if images else None
+    resolved = config.resolved(0 if images else VOCABULARY.get(config.data.tokenizer, 50257), pictures)
+    for key, f in knobs():
+        section, name = key.split(".")
+        here = name in OPEN[resolved.model.family] if section == "model" else images or section != "image"
+        decided = getattr(getattr(resolved, section), name) not in (0, "auto")
+        assert decided or not (f.metadata["auto"] and here), key
     assert resolved.optim.warmup_steps < resolved.train.steps
 
 

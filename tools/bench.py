@@ -117,8 +117,8 @@ def checked(args: flags.FlagValues) -> SimpleNamespace:
             raise InputError(f"--what is {name!r}; it takes some of {', '.join([*TABLES, *LINES])}, or all.")
     options.lengths, options.mb = numbers("lengths", args.lengths), numbers("mb", args.mb)
     for size in args.sizes:
-        if size not in SIZES:
-            raise InputError(f"--sizes has {size!r}; there are {', '.join(SIZES)}.")
+        if size not in SIZES["gpt"]:
+            raise InputError(f"--sizes has {size!r}; there are {', '.join(SIZES['gpt'])}.")
     if args.backend and args.compile_only:
         raise InputError("--backend and --compile_only are both given; give one of them.")
     try:

@@ -89,7 +89,7 @@ def test_the_last_word_wins(changed):
         ("data.weights.a=much", ["data.weights.a", "'much'", "number"]),
         ("data.validation=x.txt", ["data.validation", "'x.txt'", "--config.data.validation.NAME=VALUE"]),
         ("train.steps=0", ["train.steps", "0", "at least 1"]),
-        ("model.kind=bert", ["model.kind", "'bert'", "aether, gpt2"]),
+        ("model.kind=llama", ["model.kind", "'llama'", "aether, gpt2"]),
     ],
 )
 def test_mistakes_name_key_value_and_cure(changed, override, parts):
