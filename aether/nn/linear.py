@@ -1,7 +1,5 @@
 """The linear parts: dense maps, convolutions, embedding tables, layer normalisation."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +7,8 @@ from jax import Array
 
 from aether.kernels.conv import channels_last
 from aether.kernels.window import CONV_PADDINGS, Padding, Sizes, check_padding, conv_window, per_axis
-from aether.nn.param import check_sizes, compute_dtype, constant, normal
+from aether.nn.param import Initializer, check_sizes, compute_dtype, constant, normal
+from aether.nn.prototypes import default_init
 
 
 class Linear(nnx.Module):
@@ -109,7 +108,7 @@ class Conv(nnx.Module):
         `flax.nnx.Conv` and `aether.nn.YatConv`.
       strides: steps of the window; one number, or one for each axis.
       padding: as in `aether.nn.YatConv`.
-      std: standard deviation of the initial kernel; 1/√fan_in by default.
+      kernel_init: of `jax.nn.initializers`; N(0, 1/fan_in) by default.
       use_bias: add a bias, 0 at first.
       axes: logical names of the kernel's last two axes.
       dtype: compute dtype; parameters are float32.
@@ -124,7 +123,7 @@ class Conv(nnx.Module):
         strides: Sizes | None = 1,
         *,
         padding: Padding = "SAME",
-        std: float | None = None,
+        kernel_init: Initializer | None = None,
         use_bias: bool = True,
         axes: tuple[str | None, str | None] = ("embed", "mlp"),
         dtype: str = "float32",
@@ -134,8 +133,8 @@ class Conv(nnx.Module):
         size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         n = len(size)
         shape = (*per_axis(size, n, "kernel_size"), in_features, out_features)
-        std = math.prod(shape[:-1]) ** -0.5 if std is None else std
-        self.kernel = normal(rngs.params(), shape, std, (None,) * n + axes)
+        init = kernel_init or default_init()
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), axes=(None,) * n + axes)
         self.bias = constant((out_features,), 0.0, axes[1:]) if use_bias else None
         self.strides = per_axis(strides, n, "strides")
         self.padding = check_padding(padding, n, CONV_PADDINGS)
