@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
 from aether import arrays, storage
 from aether.checkpoint import tensors

@@ -1,6 +1,6 @@
 """Masked language modelling: windows of text with some tokens to be filled in (Devlin et al., 2019)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -38,11 +38,11 @@ class MaskedWindows:
 
     def __getitem__(self, index: int) -> Window:
         """Return a window for evaluation, masked in the same way at every call and on every host."""
-        return self.draw(index, np.random.default_rng((0, index)))
+        return self.draw(index, (0, index))
 
-    def draw(self, index: int, rng: np.random.Generator) -> Window:
-        """Return a window for training, masked as `rng` has it."""
-        window = self.windows[index]
+    def draw(self, index: int, seed: Sequence[int]) -> Window:
+        """Return a window for training, masked as the seed has it."""
+        window, rng = self.windows[index], np.random.default_rng(seed)
         targets, segments, positions = (window[key][:-1] for key in ("tokens", "segments", "positions"))
         candidates = np.flatnonzero((segments > 0) & (targets != self.windows.eot))
         count = min(max(round(self.rate * len(candidates)), 1), len(candidates))

@@ -14,7 +14,7 @@ NAMED = 30  # classes whose names and counts are written
 COLUMNS = 6
 
 
-def draw_confusion(confusion: np.ndarray, names: Sequence[str], accuracy: float) -> bytes:
+def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     """Return the share of each class's images (a row) that is taken for each class (a column)."""
     classes = len(names)
     totals = confusion.sum(1, keepdims=True)
@@ -33,7 +33,12 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str], accuracy: float)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("taken for", color=INK, fontsize=12)
     axis.set_ylabel("class", color=INK, fontsize=12)
-    axis.set_title(f"{accuracy:.2%} of {confusion.sum():,.0f} images right", loc="left", color=INK, fontweight="bold")
+    axis.set_title(
+        f"{confusion.trace() / confusion.sum():.2%} of {confusion.sum():,.0f} images right",
+        loc="left",
+        color=INK,
+        fontweight="bold",
+    )
     figure.colorbar(shown, ax=axis, shrink=0.6, label="share of the class").outline.set_visible(False)
     return _png(figure)
 

@@ -66,8 +66,8 @@ def _classify(run: Run, name: str, batches: Iterable[dict[str, Any]], folder: st
     home = Workdir(folder or run.workdir, primary=False)
     place = "" if folder else f"evaluation/{stem}-{run.step}/"
     scores = summarise_images(sums)
-    drawn = {"confusion.png": draw_confusion(sums["confusion"], run.labels.names, scores["accuracy"])}
-    drawn["mistakes.png"] = draw_mistakes(guesses.worst, run.labels.names, scores["images"])
+    drawn = {"confusion.png": draw_confusion(sums["confusion"], run.labels.names)}
+    drawn["mistakes.png"] = draw_mistakes(guesses.worst, run.labels.names, round(sums["weight"]))
     return scores | {"pictures": [home.leave(place + file, content) for file, content in drawn.items()]}
 
 

@@ -26,4 +26,5 @@ def make_model(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
 def describe_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Return the graph of a resolved config's network, and the shapes of what is trained and of what else it holds."""
-    return nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))), nnx.Param, ...)
+    graph, params, *rest = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))), nnx.Param, ...)
+    return graph, params, rest[0]

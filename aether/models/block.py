@@ -59,10 +59,10 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             y = self.norm1(x) if self.norm1 else x
             y, cache = self.attention(y, is_causal=self.causal, segments=segments, positions=positions, cache=cache)
-            x = x + _dropout(y, self.rate, keys[0])
+            x = x + dropout(y, self.rate, keys[0])
         with jax.named_scope("mlp"):
             y = self.mlp(self.norm2(x) if self.norm2 else x)
-            return x + _dropout(y, self.rate, keys[1]), cache
+            return x + dropout(y, self.rate, keys[1]), cache
 
 
 def stacked(c: ModelConfig, causal: bool, rngs: nnx.Rngs) -> Block:
@@ -97,7 +97,7 @@ def through(
     keys = None
     if key is not None and c.dropout:
         first, *rest = jax.random.split(key, c.layers + 1)
-        x, keys = _dropout(x, c.dropout, first), jnp.stack(rest)
+        x, keys = dropout(x, c.dropout, first), jnp.stack(rest)
     graph, state = nnx.split(blocks)
 
     def block(x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
@@ -143,7 +143,8 @@ def unit_options(c: ModelConfig, alpha: float) -> dict[str, Any]:
     return dict(**learned, epsilon=c.epsilon, spherical=c.spherical)
 
 
-def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Return x with entries left out at a rate, the others scaled up; x itself without a key."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)

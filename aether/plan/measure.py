@@ -9,8 +9,7 @@ from jax.sharding import Mesh
 
 from aether import parallel
 from aether.chips import Topology
-from aether.config import Config
-from aether.config import Pictures
+from aether.config import Config, Pictures
 from aether.data.tokenizers import load_tokenizer
 from aether.errors import InputError
 from aether.losses import loss_of

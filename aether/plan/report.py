@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
+from aether.config import Config
 from aether.plan.collectives import Collective
 from aether.plan.measure import Plan
 from aether.plan.search import Search

@@ -18,7 +18,7 @@ SETS = ("#e4572e", "#17a673", "#9b51e0", "#d49a00", "#c2185b")
 
 
 def draw(curves: Mapping[str, Curve], title: str, per_step: int = 0, unit: str = "tokens") -> bytes:
-    """Return a PNG (1600 x 1000): losses above, learning rate below, over steps, with tokens or images on top if known."""
+    """Return a PNG (1600 x 1000): losses above, learning rate below, over steps, what was seen on top if known."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -47,13 +47,17 @@ def product_flops(jaxpr: Jaxpr) -> int:
         total += inner * e.params.get("length", 1)
         if e.primitive.name == "dot_general":
             (contracted, _), _ = e.params["dimension_numbers"]
-            left = e.invars[0].aval.shape
-            total += 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[k] for k in contracted)
+            left = _shape(e.invars[0])
+            total += 2 * math.prod(_shape(e.outvars[0])) * math.prod(left[k] for k in contracted)
         elif e.primitive.name == "conv_general_dilated":
-            kernel, out = e.invars[1].aval.shape, e.outvars[0].aval.shape
+            kernel, out = _shape(e.invars[1]), _shape(e.outvars[0])
             features = kernel[e.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(out) * math.prod(kernel) // features
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

@@ -25,8 +25,8 @@ def divides(every: int, step: int) -> bool:
 class Meter:
     """Turns the metrics of steps into lines, on accelerators one step late so that they never wait for the host.
 
-    Adds `tokens_per_second` (or `images_per_second`), `mfu` and `data_wait` (share of the time) over the steps since the line before; pauses for
-    evaluations and saves do not count.
+    Adds `tokens_per_second` or `images_per_second`, `mfu` and `data_wait` (share of the time) over the steps since the
+    line before; pauses for evaluations and saves do not count.
     """
 
     def __init__(self, run: Run, reporter: Reporter, stop: Stop):
