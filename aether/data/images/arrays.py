@@ -88,7 +88,7 @@ def open_npz(path: str) -> Source:
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is no .npz file, or only a part of one; save it again with numpy.savez.")
     try:
-        with np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
+        with open(path, "rb") as f, np.lib.npyio.NpzFile(f, allow_pickle=False) as archive:
             names = _wanted(path, set(archive.files))
             arrays = [archive[name] for name in names]
     except InputError:

@@ -18,8 +18,8 @@ BROKEN = (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.erro
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height change places
 MODES = {1: "L", 3: "RGB"}
 
-# Damaged EXIF beside a sound picture: ImageNet has some.
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+# Damaged EXIF beside a sound picture, which ImageNet has, and a damaged head, which is an error besides.
+warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", UserWarning)
 
 
 def square(data: bytes | np.ndarray, size: int, channels: int, choose: Choose) -> np.ndarray:
