@@ -89,8 +89,7 @@ def load_images(data: DataConfig, image: ImageConfig, log: Log = lambda line: No
     for line in summary:
         log(line)
     form = asdict(labels.pictures)
-    shape = [len(train), form["size"], form["channels"], source.held_out is None and fraction]
-    fingerprint = key_of([source.fingerprint, source.classes, shape])
+    fingerprint = key_of([source.fingerprint, source.classes, len(train), form["size"], form["channels"]])
     return Images(train_set, validation, labels, fingerprint, summary)
 
 

@@ -101,6 +101,8 @@ def test_files_are_checked_once_until_one_changes(damaged, opened, monkeypatch):
     shutil.copy(root / "cat/0.jpg", root / "cat/cut.jpg")
     again = opened(root)
     assert looked and "cat/cut.jpg" in again.train.files and again.fingerprint != first.fingerprint
+    (root / "dog/0.jpg").write_bytes(bytes((root / "dog/0.jpg").stat().st_size))
+    assert "dog/0.jpg (no picture that PIL knows)" in opened(root).skipped
 
 
 def test_the_fingerprint_is_of_names_and_sizes_and_not_of_the_place(tmp_path, class_folder, opened):
@@ -110,6 +112,16 @@ def test_the_fingerprint_is_of_names_and_sizes_and_not_of_the_place(tmp_path, cl
     assert opened(one).fingerprint == opened(tmp_path / "two").fingerprint
     os.rename(tmp_path / "two/cat/0.jpg", tmp_path / "two/cat/9.jpg")
     assert opened(one).fingerprint != opened(tmp_path / "two").fingerprint
+
+
+def test_links_to_folders_and_files(tmp_path, class_folder, opened):
+    root, other = class_folder(tmp_path / "set"), class_folder(tmp_path / "other")
+    shutil.rmtree(root / "dog")
+    (root / "dog").symlink_to(other / "dog")
+    (root / "cat/extra.jpg").symlink_to(other / "cat/0.jpg")
+    (root / "cat/lost.jpg").symlink_to(other / "cat/nowhere.jpg")
+    source = opened(root)
+    assert source.classes == ("cat", "dog") and len(source.train) == 13 and "cat/extra.jpg" in source.train.files
 
 
 def test_shapes_that_differ_and_grey_pictures(tmp_path, class_folder, smooth, opened):
