@@ -71,6 +71,15 @@ def test_idx_without_labels_or_training_images(tmp_path, write_idx, images):
         arrays.open_idx(str(tmp_path / "t10k-images-idx3-ubyte"))
 
 
+def test_several_idx_sets_in_a_folder(tmp_path, write_idx, images):
+    for name in ("emnist-digits-", "emnist-letters-"):
+        write_idx(tmp_path / f"{name}train-images-idx3-ubyte", images)
+        write_idx(tmp_path / f"{name}train-labels-idx1-ubyte", LABELS)
+    with pytest.raises(InputError, match="holds the sets emnist-digits-, emnist-letters-; name one file"):
+        arrays.open_idx(str(tmp_path))
+    assert len(arrays.open_idx(str(tmp_path / "emnist-letters-train-images-idx3-ubyte")).train) == 12
+
+
 def test_npz(tmp_path, images):
     colour = np.stack([images, images // 2, images // 3], -1)
     file = str(tmp_path / "a.npz")

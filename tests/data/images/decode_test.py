@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aether.data.images import decode
+from aether.data.images import augment, decode
 
 
 def encoded(array, form="png", **options):
@@ -49,6 +49,16 @@ def test_what_has_the_size_stays_as_it_is(rng):
         assert np.array_equal(decode.square(data, 8, 3, whole), image)
 
 
+@pytest.mark.parametrize("sides", [(1, 1), (1, 40), (449, 333), (640, 427), (1021, 769)])
+def test_no_box_reaches_beyond_the_picture(rng, sides):
+    data = encoded(rng.integers(0, 256, (*sides, 3), np.uint8), "jpeg", quality=20)
+    for k in range(20):
+        draw = lambda w, h, k=k: augment.resized_box(w, h, np.random.default_rng(k), 0.01)  # noqa: E731
+        share = (k + 1) / 20
+        for choose in (draw, lambda w, h, share=share: decode.centre(w, h, size=7, share=share)):
+            assert decode.square(data, 7, 3, choose).shape == (7, 7, 3)
+
+
 def test_the_centre():
     assert decode.centre(8, 8, size=8, share=0.875) == (0, 0, 8, 8)
     assert decode.centre(40, 60, size=8, share=0.5) == (10, 20, 30, 40)
@@ -59,8 +69,8 @@ def test_a_large_jpeg_is_decoded_small(smooth, monkeypatch):
     """A draft is close to the whole picture resized, for a part of it too, grey or in colour."""
     image = smooth(800, 1000)
     data, drafted = encoded(image, "jpeg", quality=95), []
-    upright = decode.ImageOps.exif_transpose
-    monkeypatch.setattr(decode.ImageOps, "exif_transpose", lambda im: drafted.append(im.size) or upright(im))
+    plain = decode._plain
+    monkeypatch.setattr(decode, "_plain", lambda im, channels: drafted.append(im.size) or plain(im, channels))
     for box in ((0.0, 0.0, 1000.0, 800.0), (300.0, 100.0, 700.0, 500.0)):
         got = decode.square(data, 50, 3, lambda w, h, box=box: box)
         np.testing.assert_allclose(got, triangle(image, box, 50), atol=6)

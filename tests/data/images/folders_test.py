@@ -114,6 +114,20 @@ def test_the_fingerprint_is_of_names_and_sizes_and_not_of_the_place(tmp_path, cl
     assert opened(one).fingerprint != opened(tmp_path / "two").fingerprint
 
 
+def test_many_files_are_checked_in_blocks(tmp_path, class_folder, opened, monkeypatch):
+    monkeypatch.setattr(folders, "BLOCK", 5)
+    root = class_folder(tmp_path / "set", count=7)
+    (root / "dog/2.webp").write_bytes(b"")
+    source = opened(root)
+    assert len(source.train) == 13 and [line.split()[0] for line in source.skipped] == ["dog/2.webp"]
+
+
+def test_a_file_of_another_format_than_its_ending_says(tmp_path, class_folder, smooth, opened):
+    root = class_folder(tmp_path / "set")
+    Image.fromarray(smooth(8, 8)).save(root / "cat/animated.jpg", "gif")
+    assert "cat/animated.jpg" in opened(root).train.files
+
+
 def test_links_to_folders_and_files(tmp_path, class_folder, opened):
     root, other = class_folder(tmp_path / "set"), class_folder(tmp_path / "other")
     shutil.rmtree(root / "dog")
