@@ -257,11 +257,13 @@ def convolve(window: Window, x: Array, w: Array) -> Array:
     return _convolve(window, x, w, jnp.float32)
 
 
+def channels_last(axes: int) -> lax.ConvDimensionNumbers:
+    """Return the layout of arrays (b, spatial..., c) of as many axes, and of kernels (k..., in, out)."""
+    image = (0, axes - 1, *range(1, axes - 1))
+    return lax.ConvDimensionNumbers(image, (axes - 1, axes - 2, *range(axes - 2)), image)
+
+
 def _convolve(window: Window, x: Array, w: Array, dtype: jnp.dtype) -> Array:
-    n = x.ndim
-    channels_last = lax.ConvDimensionNumbers(
-        (0, n - 1, *range(1, n - 1)), (n - 1, n - 2, *range(n - 2)), (0, n - 1, *range(1, n - 1))
-    )
     return lax.conv_general_dilated(
         x,
         w,
@@ -269,7 +271,7 @@ def _convolve(window: Window, x: Array, w: Array, dtype: jnp.dtype) -> Array:
         window.pads,
         window.input_dilation,
         window.kernel_dilation,
-        channels_last,
+        channels_last(x.ndim),
         feature_group_count=window.groups,
         precision="highest",  # as in `aether.kernels.yat.product`
         preferred_element_type=dtype,

@@ -13,9 +13,10 @@ from aether.nn.conv import (
     YatConvTranspose3D,
 )
 from aether.nn.embed import YatEmbed
-from aether.nn.linear import Embed, LayerNorm, Linear
+from aether.nn.linear import Conv, Embed, LayerNorm, Linear
 from aether.nn.linear_attention import YatLinearAttention
 from aether.nn.mlp import YatMLP
+from aether.nn.norm import BatchNorm
 from aether.nn.param import FrozenParam
 from aether.nn.prototypes import KernelBank, draw_prototypes
 from aether.nn.rnn import YatGRUCell, YatLSTMCell, YatSimpleCell
@@ -23,6 +24,8 @@ from aether.nn.yat import YatNMN
 
 __all__ = [
     "Attention",
+    "BatchNorm",
+    "Conv",
     "Embed",
     "FrozenParam",
     "KVCache",

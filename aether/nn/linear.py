@@ -1,11 +1,14 @@
-"""The linear parts: dense maps, embedding tables, layer normalisation."""
+"""The linear parts: dense maps, convolutions, embedding tables, layer normalisation."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aether.nn.param import check_sizes, compute_dtype, constant, normal
+from aether.kernels.conv import channels_last
+from aether.kernels.window import CONV_PADDINGS, Padding, Sizes, check_padding, conv_window, per_axis
+from aether.nn.param import Initializer, check_sizes, compute_dtype, constant, normal
+from aether.nn.prototypes import default_init
 
 
 class Linear(nnx.Module):
@@ -16,7 +19,7 @@ class Linear(nnx.Module):
       out_features: width of y.
       std: standard deviation of the initial kernel; 1/√in_features by default.
       use_bias: add a bias, 0 at first.
-      axes: logical names of the kernel's two axes.
+      axes: logical names of the kernel's two axes; None for one that no mesh axis splits.
       dtype: compute dtype; the product accumulates in float32.
       rngs: source of the initial kernel.
     """
@@ -28,7 +31,7 @@ class Linear(nnx.Module):
         *,
         std: float | None = None,
         use_bias: bool = True,
-        axes: tuple[str, str] = ("embed", "mlp"),
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
@@ -93,3 +96,54 @@ class LayerNorm(nnx.Module):
         centred = x - jnp.mean(x, -1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.epsilon) * self.scale[...]
         return (y if self.bias is None else y + self.bias[...]).astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """y = patch·kernel + bias of every patch of x; the zeros of padding are entries of the patch.
+
+    Args:
+      in_features: channels of x.
+      out_features: channels of y.
+      kernel_size: of the window, one number for each spatial axis; a single integer is a window over one axis, as in
+        `flax.nnx.Conv` and `aether.nn.YatConv`.
+      strides: steps of the window; one number, or one for each axis.
+      padding: as in `aether.nn.YatConv`.
+      kernel_init: of `jax.nn.initializers`; N(0, 1/fan_in) by default.
+      use_bias: add a bias, 0 at first.
+      axes: logical names of the kernel's last two axes.
+      dtype: compute dtype; parameters are float32.
+      rngs: source of the initial kernel.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sizes,
+        strides: Sizes | None = 1,
+        *,
+        padding: Padding = "SAME",
+        kernel_init: Initializer | None = None,
+        use_bias: bool = True,
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        check_sizes(in_features=in_features, out_features=out_features)
+        size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        n = len(size)
+        shape = (*per_axis(size, n, "kernel_size"), in_features, out_features)
+        init = kernel_init or default_init()
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), axes=(None,) * n + axes)
+        self.bias = constant((out_features,), 0.0, axes[1:]) if use_bias else None
+        self.strides = per_axis(strides, n, "strides")
+        self.padding = check_padding(padding, n, CONV_PADDINGS)
+        self.dtype = compute_dtype(dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """Map (b, spatial..., in_features) to (b, places..., out_features) in the compute dtype."""
+        kernel = self.kernel[...].astype(self.dtype)
+        x, window = conv_window(x.astype(self.dtype), kernel.shape[:-2], strides=self.strides, padding=self.padding)
+        layout = channels_last(x.ndim)
+        y = jax.lax.conv_general_dilated(x, kernel, window.strides, window.pads, dimension_numbers=layout)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)

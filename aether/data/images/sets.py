@@ -1,5 +1,6 @@
 """A set of pictures of one size with labels, as they are evaluated and as they are trained on."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,17 +50,17 @@ class ImageSet:
         data, label = self.store[index]
         return self._example(index, self._evaluated(index, data), label)
 
-    def draw(self, index: int, rng: np.random.Generator) -> Example:
+    def draw(self, index: int, seed: Sequence[int]) -> Example:
         """Return an example as it is trained on: cropped, mirrored and changed at random, as `image` says."""
         data, label = self.store[index]
-        return self._example(index, self._augmented(index, data, rng), label)
+        return self._example(index, self._augmented(index, data, np.random.default_rng(seed)), label)
 
     def blank(self) -> Example:
         """Return an example that does not count."""
         zero = np.int32(0)
         return dict(images=np.zeros((self.size, self.size, self.channels), np.uint8), labels=zero, mask=zero)
 
-    def fetch(self, indices: object) -> None:
+    def fetch(self, indices: Iterable[int]) -> None:
         """Do nothing: pictures are read where they are used, as text is not."""
 
     def name(self, index: int) -> str:

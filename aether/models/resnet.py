@@ -1,0 +1,209 @@
+"""AetherResNet and the ResNet baseline (He et al., 2016): one skeleton, two kinds of block.
+
+AetherResNet has neither normalisation nor activations: its branches are ⵟ-convolution → linear convolution, and with
+bottlenecks 1×1 → ⵟ 3×3 → 1×1. The baseline's are convolution → BatchNorm → ReLU.
+
+Axes: b rows, h and w places, c channels.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from aether.config import ModelConfig
+from aether.models.block import dropout, remat
+from aether.nn import BatchNorm, Conv, Linear, YatConv2D, YatNMN
+from aether.nn.param import stack
+from aether.parallel import ROWS, constrain
+
+_FAN_IN = 128  # at which `model.conv_alpha` and `model.yat_bias` hold
+_HEAD_STD = 0.02
+
+
+def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
+    """Return the options of a ⵟ unit, such that its output starts alike whatever its fan-in.
+
+    The cosine of a patch and a random prototype is about 1/√fan_in; b goes with it, and α undoes the square.
+    """
+    ratio = fan_in / _FAN_IN
+    learned = dict(use_bias=c.yat_bias > 0, softplus_bias=c.yat_bias > 0, bias_init=c.yat_bias * ratio**-0.5)
+    scale = dict(alpha_init=c.conv_alpha * ratio, epsilon=c.epsilon, learnable_epsilon=True)
+    return dict(**learned, **scale, spherical=c.spherical)
+
+
+def _projection(c: ModelConfig) -> Any:
+    """Return the initialiser of the last convolution of a branch: N(0, s²/fan_in), each kernel of zero sum.
+
+    With s = 1/√(2 · blocks) all branches together add about half the stream's variance. Outputs of ⵟ units are positive
+    and their mean is as large as what varies; kernels of zero sum do not see it.
+    """
+    scale = (2 * sum(c.blocks)) ** -0.5
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        kernel = jax.random.normal(key, shape, dtype) * (scale / math.prod(shape[:-1]) ** 0.5)
+        return kernel - jnp.mean(kernel, tuple(range(len(shape) - 1)), keepdims=True)
+
+    return init
+
+
+def _head(c: ModelConfig, width: int, rngs: nnx.Rngs) -> Linear | YatNMN:
+    axes: Any = ("embed", None)
+    if c.head == "linear":
+        return Linear(width, c.classes, std=_HEAD_STD, axes=axes, rngs=rngs)
+    return YatNMN(width, c.classes, axes=axes, rngs=rngs, **_unit(c, width))
+
+
+class YatBlock(nnx.Module):
+    """skip(x) + out(ⵟ(reduce(x))); `reduce`, 1×1, with bottlenecks only, `skip`, 1×1, where the shape changes."""
+
+    def __init__(self, c: ModelConfig, width: int, features: int, out: int, strides: int, rngs: nnx.Rngs):
+        shared: dict[str, Any] = dict(dtype=c.dtype, rngs=rngs)
+        inner, k = (features, 1) if c.bottleneck else (width, 3)
+        self.reduce = Conv(width, features, (1, 1), use_bias=False, **shared) if c.bottleneck else None
+        unit = _unit(c, 9 * inner)
+        self.hidden = YatConv2D(inner, features, 3, strides, padding=1, **unit, **shared)
+        project = dict(kernel_init=_projection(c), padding=k // 2, axes=("mlp", "embed"))
+        self.out = Conv(features, out, (k, k), **project, **shared)
+        changes = strides > 1 or width != out
+        self.skip = Conv(width, out, (1, 1), strides, use_bias=False, **shared) if changes else None
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Map the stream (b, h, w, c), float32, to the next one."""
+        h = x if self.reduce is None else checkpoint_name(self.reduce(x), "product")
+        h = self.out(checkpoint_name(self.hidden(h), "hidden"))
+        return (x if self.skip is None else self.skip(x)) + h.astype(jnp.float32)
+
+
+class NormalizedConv(nnx.Module):
+    """BatchNorm(conv(x)), with ReLU behind it if `relu`; kernels start at N(0, 2/fan_in) (He et al., 2015)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        strides: int = 1,
+        *,
+        relu: bool = True,
+        scale_init: float = 1.0,
+        axes: tuple[str | None, str] = ("embed", "mlp"),
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        he = jax.nn.initializers.he_normal()
+        shared: dict[str, Any] = dict(padding=size // 2, use_bias=False, axes=axes, dtype=dtype, rngs=rngs)
+        self.conv = Conv(inputs, outputs, (size, size), strides, kernel_init=he, **shared)
+        self.norm = BatchNorm(outputs, scale_init=scale_init, axis=axes[1], dtype=dtype)
+        self.relu = relu
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Map (b, h, w, inputs) to (b, h', w', outputs)."""
+        y = self.norm(checkpoint_name(self.conv(x), "product"), train)
+        return jax.nn.relu(y) if self.relu else y
+
+
+class Block(nnx.Module):
+    """ReLU(skip(x) + branch(x)), all convolutions normalised; the last one's scale starts at 0 (Goyal et al., 2017)."""
+
+    def __init__(self, c: ModelConfig, width: int, features: int, out: int, strides: int, rngs: nnx.Rngs):
+        shared: dict[str, Any] = dict(dtype=c.dtype, rngs=rngs)
+        last: dict[str, Any] = dict(relu=False, scale_init=0.0, axes=("mlp", "embed"))
+        self.reduce = NormalizedConv(width, features, 1, **shared) if c.bottleneck else None
+        self.hidden = NormalizedConv(features if c.bottleneck else width, features, 3, strides, **shared)
+        self.out = NormalizedConv(features, out, 1 if c.bottleneck else 3, **last, **shared)
+        changes = strides > 1 or width != out
+        self.skip = NormalizedConv(width, out, 1, strides, relu=False, **shared) if changes else None
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Map the stream (b, h, w, c), float32, to the next one."""
+        h = x if self.reduce is None else self.reduce(x, train)
+        h = self.out(self.hidden(h, train), train)
+        return jax.nn.relu((x if self.skip is None else self.skip(x, train)) + h.astype(jnp.float32))
+
+
+class Stage(nnx.Module):
+    """Blocks of one width: the first, which may change the shape of the stream, and the others, scanned."""
+
+    def __init__(self, c: ModelConfig, width: int, features: int, blocks: int, strides: int, rngs: nnx.Rngs):
+        kind = Block if c.kind == "resnet" else YatBlock
+        out = 4 * features if c.bottleneck else features
+        self.first = kind(c, width, features, out, strides, rngs)
+        self.rest = stack(lambda r: kind(c, out, features, out, 1, r), blocks - 1, rngs) if blocks > 1 else None
+        self.config, self.length = c, blocks - 1
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Map the stream (b, h, w, c), float32, to the next stage's."""
+        c = self.config
+
+        def run(x: Array, part: tuple[nnx.GraphDef, nnx.State]) -> tuple[Array, nnx.State]:
+            block = nnx.merge(*part)
+            x = block(checkpoint_name(_laid_out(x), "stream"), train)
+            return x, nnx.state(block, nnx.BatchStat)
+
+        graph, state = nnx.split(self.first)
+        x, statistics = remat(lambda x, state: run(x, (graph, state)), c.remat, c.kept_names())(x, state)
+        nnx.update(self.first, statistics)
+        if self.rest is not None:
+            rest, state = nnx.split(self.rest)
+            body = remat(lambda x, state: run(x, (rest, state)), c.remat, c.kept_names())
+            x, statistics = jax.lax.scan(body, x, state, unroll=1 if c.scan_layers else self.length)
+            nnx.update(self.rest, statistics)
+        return x
+
+
+def _laid_out(x: Array) -> Array:
+    """Lay (b, h, w, c) out as the residual stream: rows over data and fsdp."""
+    return constrain(x, ROWS, None, None, None)
+
+
+class ResNet(nnx.Module):
+    """A classifier of images: stem, stages of residual blocks, mean over the places, head.
+
+    The residual stream is float32; what stem and branches compute is in `model.dtype`.
+
+    Args:
+      c: the resolved configuration.
+      channels: of the images.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(self, c: ModelConfig, channels: int, rngs: nnx.Rngs):
+        self.config = c
+        size, strides = {"imagenet": (7, 2), "cifar": (3, 1), "stride2": (3, 2)}[c.stem]
+        axes = (None, "embed")
+        shared: dict[str, Any] = dict(axes=axes, dtype=c.dtype, rngs=rngs)
+        self.stem: Conv | NormalizedConv
+        if c.kind == "resnet":
+            self.stem = NormalizedConv(channels, c.width, size, strides, **shared)
+        else:
+            self.stem = Conv(channels, c.width, (size, size), strides, padding=size // 2, **shared)
+        width, stages = c.width, []
+        for k, blocks in enumerate(c.blocks):
+            features = c.width * 2**k
+            stages.append(Stage(c, width, features, blocks, 1 if k == 0 else 2, rngs))
+            width = 4 * features if c.bottleneck else features
+        self.stages = nnx.List(stages)
+        self.head = _head(c, width, rngs)
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        """Map images (b, h, w, channels) to float32 logits (b, classes).
+
+        With a `key` this is training: BatchNorm takes the batch's statistics, and moves its own; dropout is on.
+        """
+        c, train = self.config, key is not None
+        with jax.named_scope("stem"):
+            x = self.stem(x, train) if isinstance(self.stem, NormalizedConv) else self.stem(x)
+            x = x.astype(jnp.float32)
+            if c.stem == "imagenet":
+                x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for k, stage in enumerate(self.stages):
+            with jax.named_scope(f"stage{k}"):
+                x = stage(x, train)
+        with jax.named_scope("head"):
+            x = jnp.mean(_laid_out(x), (1, 2))
+            return self.head(dropout(x, c.dropout, key)).astype(jnp.float32)
