@@ -103,6 +103,13 @@ def test_pictures_that_a_camera_turned_are_upright(smooth, orientation):
     np.testing.assert_allclose(got, triangle(upright, (60, 0, 140, 80), 20), atol=4)
 
 
+def test_damaged_exif_is_no_reason_to_leave_a_picture_out(smooth):
+    image = smooth(16, 16)
+    data = encoded(image, "jpeg", quality=100, subsampling=0, exif=b"Exif\0\0no such thing")
+    assert decode.facts(data) == (16, 16, False)
+    np.testing.assert_allclose(decode.square(data, 16, 3, whole), image, atol=4)
+
+
 def test_other_modes(rng):
     grey = rng.integers(0, 256, (6, 6), np.uint8)
     deep = Image.fromarray(grey.astype(np.uint16) * 256 + rng.integers(0, 256, (6, 6), np.uint16))

@@ -137,10 +137,12 @@ def test_labels_are_kept_in_a_file(tmp_path):
     labels.save(str(tmp_path))
     assert Labels.restore(str(tmp_path)) == labels
     (tmp_path / "classes.json").write_text('{"names": ["a"]}')
-    with pytest.raises(InputError, match=r"classes\.json cannot be used"):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=r"classes\.json is missing or damaged"):
+            Labels.restore(str(folder))
+    replace(labels, names=("Hund",)).save(str(tmp_path))
+    with pytest.raises(InputError, match=r"classes\.json has 1 names for 2 classes"):
         Labels.restore(str(tmp_path))
-    with pytest.raises(InputError, match=r"classes\.json cannot be used \(there is none\)"):
-        Labels.restore(str(tmp_path / "nowhere"))
 
 
 def test_data_that_do_not_fit_the_config(npz, tmp_path, class_folder):

@@ -1,12 +1,16 @@
 import pickle
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from aether.config import DataConfig, ImageConfig
 from aether.data.images.load import load_images
+from aether.data.loader import TrainSet, train_batches
 from aether.errors import InputError, StorageError
 
 DRAWN = dict(flip=True, jitter=0.3, randaugment=2, cutout=3)
@@ -75,6 +79,21 @@ def test_each_augmentation_is_drawn_where_it_is_set_and_not_in_evaluation(arrays
     assert len(drawn) >= 2
     assert np.array_equal(plain.draw(0, [0])["images"], plain[0]["images"])
     assert np.array_equal(found[0]["images"], plain[0]["images"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_worker_processes_make_the_same_batches(files, image_tfds):
+    """Files and records are opened anew there."""
+    tfds = load_images(
+        DataConfig(path="tfds:small_image", tfds_dir=image_tfds[0]), ImageConfig(size=16, flip=True)
+    ).train
+    sets = [TrainSet("files", 1.0, files(size=16, crop="resized", **DRAWN)), TrainSet("records", 1.0, tfds)]
+    data = DataConfig(batch_size=4)
+    flags.FLAGS.mark_as_parsed()
+    here, there = (list(islice(train_batches(sets, replace(data, workers=workers), 3, 2), 4)) for workers in (0, 2))
+    for one, two in zip(here, there, strict=True):
+        assert one.keys() == two.keys() == {"images", "labels", "mask"} and one["images"].shape == (4, 16, 16, 3)
+        assert all(np.array_equal(one[key], two[key]) for key in one)
 
 
 def test_what_is_cut_out_is_the_mean(arrays):
