@@ -5,7 +5,8 @@ r"""Compare settings, each at its own best learning rate, and print the tables.
 
 First every value of --sweep, for every combination of the --vary values, with seed 0 and a part of the steps; then
 each combination at its best value, with all steps and seeds 0, 1, 2 .... The final loss on the whole first validation
-set decides, or with --score=error the share of wrong guesses. Every run is a `launch.train` in a folder of its own, so the same command goes on after a kill.
+set decides, or with --score=error its share of wrong guesses. Every run is a `launch.train` in a folder of its own,
+so the same command goes on after a kill.
 OUT/results.jsonl has a line for every run, OUT/logs what each said, OUT/sweep.png the losses over the swept key.
 """
 
