@@ -104,12 +104,11 @@ def test_tokens_of_normalised_images_start_at_one(rng):
     assert float(model.position.embedding[...].std()) == pytest.approx(1.0, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", ["linear", "yat"])
-def test_all_classes_are_about_as_likely_at_the_start(rng, kind, head):
-    model = started(kind, head=head, width=64)
-    chances = jax.nn.softmax(jax.jit(model, compiler_options=FAST)(draw_images(rng, 8)))
-    assert 0.5 / CLASSES < float(chances.min()) and float(chances.max()) < 2 / CLASSES
+def test_the_loss_starts_near_that_of_a_guess(rng, head):
+    model = started("aether_vit", head=head, width=64)
+    chances = jax.nn.log_softmax(jax.jit(model, compiler_options=FAST)(draw_images(rng, 32)))
+    assert abs(float(-chances.mean()) - math.log(CLASSES)) < 0.3
 
 
 def test_dropout_is_a_function_of_its_key(rng):
