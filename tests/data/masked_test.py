@@ -84,14 +84,34 @@ def test_eight_in_ten_are_masked_and_one_is_another(prepared):
     assert np.abs(shares - 0.5).max() < 5 * (0.25 / len(rows)) ** 0.5
 
 
+class Bits:
+    """Windows of 0 and 1, the last third of them padding."""
+
+    eot = 2
+
+    def __getitem__(self, index):
+        tokens = np.arange(301, dtype=np.int32) % 2
+        return dict(tokens=tokens, segments=(tokens + np.arange(301) < 200).astype(np.int32), positions=tokens)
+
+
+def test_another_is_another_and_padding_stays():
+    windows, rng = MaskedWindows(Bits(), 1.0, 3, 3), np.random.default_rng(3)
+    rows = [windows.draw(0, rng) for _ in range(100)]
+    tokens, targets, mask = (np.stack([row[key] for row in rows]) for key in ("tokens", "targets", "mask"))
+    np.testing.assert_array_equal(mask, np.stack([row["segments"] for row in rows]))
+    changed = (tokens != targets) & (tokens != 3)
+    assert abs(changed.sum() / mask.sum() - 0.1) < 5 * (0.09 / mask.sum()) ** 0.5
+
+
 def test_evaluation_is_masked_alike_everywhere_and_training_by_its_generator(prepared):
     windows = make(prepared)
     again = pickle.loads(pickle.dumps(windows))
     pairs = [(windows[2], again[2]), *[[w.draw(2, np.random.default_rng(5)) for w in (windows, again)]]]
     for one, other in pairs:
         assert all((one[key] == other[key]).all() for key in one)
-    masks = [windows[0]["mask"], windows[1]["mask"], windows.draw(0, np.random.default_rng(5))["mask"]]
-    assert len({mask.tobytes() for mask in masks}) == 3
+    inside = (20, 21, 22)  # of one document: nothing but the generator tells them apart
+    masks = [windows[i]["mask"] for i in inside] + [windows.draw(20, np.random.default_rng(5))["mask"]]
+    assert len({mask.tobytes() for mask in masks}) == 4
 
 
 def test_a_blank_row_scores_nothing_and_looks_like_the_others(prepared):
