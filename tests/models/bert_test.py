@@ -39,8 +39,7 @@ def packed(rng):
     return tokens, segments, positions
 
 
-@pytest.mark.parametrize("head", ["tied", "untied"])
-@pytest.mark.parametrize("position", ["rotary", "learned"])
+@pytest.mark.parametrize(("position", "head"), [("rotary", "tied"), ("learned", "untied")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_encoder_is_the_reference(rng, kind, position, head):
     model = drawn(kind, position=position, head=head)
@@ -58,7 +57,7 @@ def test_the_encoder_is_the_reference(rng, kind, position, head):
     assert np.abs(got - want[..., :VOCAB]).max() < 1e-4 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("attention", ["yat", "dot", "yat_linear"])
+@pytest.mark.parametrize("attention", ["yat", "yat_linear"])
 def test_documents_see_all_of_themselves_and_nothing_else(rng, attention):
     """By gradient: hidden state t feels the embedding at s just if both are in one document, before it or after."""
     graph, params = nnx.split(drawn("minibert", attention=attention, epsilon=1.0))
@@ -74,7 +73,7 @@ def test_documents_see_all_of_themselves_and_nothing_else(rng, attention):
     np.testing.assert_array_equal(np.abs(felt).sum(-1) > 0, np.asarray(segments[0][:, None] == segments[0]))
 
 
-@pytest.mark.parametrize("attention", ["yat", "dot", "yat_linear"])
+@pytest.mark.parametrize("attention", ["dot", "yat_linear"])
 def test_packed_documents_are_as_if_apart(rng, attention):
     model = drawn("minibert", attention=attention, epsilon=1.0)
     tokens, segments, positions = (jnp.asarray(a[:1]) for a in packed(rng))
@@ -87,26 +86,25 @@ def test_packed_documents_are_as_if_apart(rng, attention):
     np.testing.assert_allclose(whole[:, :5], jnp.concatenate([first, second], 1), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_mask_is_read_and_never_predicted(kind):
+def test_the_mask_is_read_and_never_predicted():
     """The table has a row for it, which learns from being read; the logits and the loss know only the ids."""
-    c = tiny_config(kind).model
+    c = tiny_config("minibert").model
     model = jax.jit(lambda: nnx.state(Bert(c, T, nnx.Rngs(0))), compiler_options=FAST)()
     table = np.asarray(model["embed"]["embedding"][...])
     assert table.shape == (c.rows, 16) == (128, 16)
     assert table[: VOCAB + 1].std() == pytest.approx(c.embed_std, rel=0.1) and table[VOCAB].any()
     assert not table[VOCAB + 1 :].any()
-    graph, params = nnx.split(drawn(kind))
+    graph, params = nnx.split(drawn("minibert"))
     tokens, targets = jnp.asarray([[3, VOCAB, 4, VOCAB, 5, 9]]), jnp.asarray([[3, 1, 4, 1, 5, 9]])
 
     def loss(params, weights):
         model = nnx.merge(graph, params)
-        return cross_entropy(4, 0.0, model.vocab, model(tokens), model.head_kernel(), targets, weights)[0]
+        hidden = model(tokens)
+        nll = cross_entropy(4, 0.0, model.vocab, hidden, model.head_kernel(), targets, weights)[0]
+        return nll, jax.nn.log_softmax(model.logits(hidden))[0]
 
-    both = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)
-    nll, slope = both(params, jnp.asarray([[0.0, 1, 0, 1, 0, 0]]))
-    read = nnx.merge(graph, params)
-    scores = jax.nn.log_softmax(read.logits(read(tokens)))[0]
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    (nll, scores), slope = both(params, jnp.asarray([[0.0, 1, 0, 1, 0, 0]]))
     assert float(nll) == pytest.approx(-float(scores[1, 1] + scores[3, 1]), rel=1e-5)
     rows = np.abs(slope["embed"]["embedding"][...]).max(-1)
     assert rows[VOCAB] > 0 and not rows[VOCAB + 1 :].any()
@@ -126,7 +124,7 @@ def test_both_kinds_have_as_many_parameters(size):
     assert abs(ours / usual - 1) < 0.02
 
 
-@pytest.mark.parametrize("attention", ["yat", "yat_linear"])
+@pytest.mark.parametrize("attention", [pytest.param("yat", marks=pytest.mark.slow), "yat_linear"])
 def test_the_mesh_changes_nothing(rng, attention):
     """Rows over data and fsdp, heads and vocabulary over tensor, and the gradients lie as their parameters."""
     graph, params = nnx.split(drawn("minibert", attention=attention, epsilon=1.0))
