@@ -214,8 +214,8 @@ def check(c: Config, mesh: Mesh) -> None:
         )
     if c.unit == "images" and mesh.shape["sequence"] > 1:
         raise InputError(
-            f"mesh.sequence is {mesh.shape['sequence']}, but images have no positions to split over it; set it to 1 and "
-            "give the devices to mesh.data or mesh.fsdp."
+            f"mesh.sequence is {mesh.shape['sequence']}, but images have no positions to split over it; set it to 1 "
+            "and give the devices to mesh.data or mesh.fsdp."
         )
     for key, size, axis in (("data.context", context, "sequence"), ("model.heads", c.model.heads, "tensor")):
         if size % mesh.shape[axis]:

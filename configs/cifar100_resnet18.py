@@ -1,6 +1,7 @@
 """CIFAR-100: AetherResNet-18 at full width on a hundred classes.
 
-What:     as configs/cifar10_resnet18.py, with RandAugment and CutMix in place of Cutout, since each class has 500 images.
+What:     as configs/cifar10_resnet18.py, with RandAugment and CutMix in place of Cutout: a class has 500
+          images only.
 Prepare:  python -c "import tensorflow_datasets as tfds; tfds.builder('cifar100', file_format='array_record')\
               .download_and_prepare()"
 Command:  python -m launch.train --config=configs/cifar100_resnet18.py

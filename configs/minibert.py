@@ -1,7 +1,7 @@
 """MiniBERT: an encoder of ⵟ units without normalisation fills in masked text; BERT's block is one override away.
 
-What:     4 blocks, 4 heads, width 128, rotary ⵟ-attention over 128 tokens in both directions; of 15 % of the tokens 80 %
-          are masked, 10 % replaced, 10 % as they are. A SentencePiece vocabulary of the text.
+What:     4 blocks, 4 heads, width 128, rotary ⵟ-attention over 128 tokens in both directions; of 15 % of the tokens
+          80 % are masked, 10 % replaced, 10 % as they are. A SentencePiece vocabulary of the text.
 Tokenizer: python tools/train_tokenizer.py --path=wikitext-2/train.txt --out=wikitext.model --vocab_size=4096
 Command:  python -m launch.train --config=configs/minibert.py --config.data.path=wikitext-2/train.txt \
               --config.data.validation.valid=wikitext-2/valid.txt --config.data.tokenizer=wikitext.model

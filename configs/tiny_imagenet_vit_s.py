@@ -1,7 +1,7 @@
 """Tiny-ImageNet: Aether-ViT-S on 100,000 colour images of 64 x 64 in 200 classes.
 
-What:     12 ⵟ blocks of width 384 on patches of 8 x 8, no normalisation layer; 200 epochs of 256 images, random resized
-          crops, RandAugment, MixUp and CutMix, as a ViT needs them.
+What:     12 ⵟ blocks of width 384 on patches of 8 x 8, no normalisation layer; 200 epochs of 256 images, random
+          resized crops, RandAugment, MixUp and CutMix, as a ViT needs them.
 Command:  python -m launch.train --config=configs/tiny_imagenet_vit_s.py --config.data.path=tiny-imagenet-200/
 Baseline: the same with --config.model.kind=vit --workdir=runs/tiny_imagenet_vit
 Data:     the folder as it is downloaded: `train/CLASS/images/`, and `val/` with its list of classes.
