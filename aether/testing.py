@@ -82,3 +82,15 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
+
+
+def tiny_images(folder: Path, count: int = 96, side: int = 8, classes: int = 3) -> Path:
+    """Write an .npz of noisy images that are bright in a stripe of their class's own; return its path."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % classes
+    images = rng.integers(0, 120, (count, side, side, 1))
+    for image, label in zip(images, labels, strict=True):
+        image[:, label * side // classes : (label + 1) * side // classes] += 120
+    path = folder / "tiny.npz"
+    np.savez(path, images=images.astype(np.uint8), labels=labels)
+    return path

@@ -1,7 +1,7 @@
 """Fashion-MNIST: an AetherResNet of 173 thousand parameters that a laptop trains.
 
 What:     three stages of two ⵟ blocks, widths 16, 32 and 64, behind a 3 x 3 convolution with stride 2; neither
-          normalisation nor activation functions. 60,000 grey images of 28 x 28, ten epochs, random shifts and mirroring.
+          normalisation nor activation functions. 60,000 grey images of 28 x 28, ten epochs, shifts and mirroring.
 Command:  python -m launch.train --config=configs/fashion_mnist.py --config.data.path=fashion-mnist/
 Pictures: python -m launch.evaluate --workdir=runs/fashion_mnist
 Baseline: the same with --config.model.kind=resnet --workdir=runs/fashion_resnet

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aether.losses import cross_entropy, lm
+from aether.losses import classify, cross_entropy, lm, mixed, mlm
 from aether.testing import drawn_model, equations, tiny_batch, tiny_config
 
 B, T, D, V = 3, 7, 5, 11
@@ -115,3 +115,94 @@ def test_the_model_s_float32_logits_never_exist_in_training():
     shapes = float32_shapes(jax.grad(lambda p: loss(nnx.merge(graph, p), batch, None)[0]), params)
     rows = config.model.rows
     assert (8, 4, rows) in shapes and (8, 12, rows) not in shapes
+
+
+class Encoder(nnx.Module):
+    """As much of a masked language model as `mlm` needs."""
+
+    vocab = V
+
+    def __init__(self, rng):
+        self.table, self.kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((V + 1, D), (D, V)))
+
+    def __call__(self, tokens, **_):
+        return self.table[tokens]
+
+    def head_kernel(self):
+        return self.kernel
+
+
+def test_mlm_reads_the_disguised_tokens_and_scores_the_true_ones(rng):
+    model = Encoder(rng)
+    tokens, targets, mask = rng.integers(0, V + 1, (B, T)), rng.integers(0, V, (B, T)), rng.integers(0, 2, (B, T))
+    ones = jnp.ones((B, T), jnp.int32)
+    batch = dict(tokens=tokens, targets=targets, mask=mask, segments=ones, positions=ones)
+    total, sums = mlm(model, {k: jnp.asarray(v) for k, v in batch.items()}, None, chunk=3)
+    logits = np.asarray(model.table, np.float64)[tokens] @ np.asarray(model.kernel, np.float64)
+    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert float(total) == pytest.approx((mask * nll).sum(), rel=1e-5) == float(sums["nll"])
+    assert float(sums["correct"]) == (mask * (logits.argmax(-1) == targets)).sum()
+    assert float(sums["weight"]) == mask.sum() > 0
+
+
+def pictures(rng, b=6, size=8):
+    images = rng.integers(0, 256, (b, size, size, 3), dtype=np.uint8)
+    batch = dict(
+        images=images, labels=rng.integers(0, 4, b).astype(np.int32), mask=np.array([1] * (b - 1) + [0], np.int32)
+    )
+    return {k: jnp.asarray(v) for k, v in batch.items()}
+
+
+def sees_means(images, key=None):
+    """Four logits of an image that tell how it was scaled."""
+    return jnp.mean(images, (1, 2)) @ jnp.arange(12.0).reshape(3, 4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_classify_is_the_cross_entropy_of_scaled_images(rng, smoothing):
+    batch = pictures(rng)
+    total, sums = classify(sees_means, batch, None, mean=0.4, std=0.2, label_smoothing=smoothing, mixup=1.0, cutmix=1.0)
+    images, labels, mask = (np.asarray(batch[k], np.float64) for k in ("images", "labels", "mask"))
+    logits = ((images / 255 - 0.4) / 0.2).mean((1, 2)) @ np.arange(12.0).reshape(3, 4)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    hot = np.eye(4)[labels.astype(int)]
+    wanted = -((1 - smoothing) * hot + smoothing / 4) * log_p
+    assert float(total) == pytest.approx((mask[:, None] * wanted).sum(), rel=1e-5)
+    assert float(sums["nll"]) == pytest.approx(-(mask[:, None] * hot * log_p).sum(), rel=1e-5)
+    assert float(sums["correct"]) == (mask * (logits.argmax(-1) == labels)).sum() and float(sums["weight"]) == 5
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0), (0.4, 0.8)])
+def test_images_are_mixed_with_the_one_before_by_the_share_that_is_told(mixup, cutmix):
+    """Each image has a grey of its own, so that what is in the mixture can be read off."""
+    b, size = 64, 16
+    greys = np.arange(b, dtype=np.float32)
+    images = jnp.broadcast_to(greys[:, None, None, None], (b, size, size, 1))
+    kinds = set()
+    for seed in range(8):
+        out, kept = jax.jit(mixed, static_argnums=(2, 3))(images, jax.random.key(seed), mixup, cutmix)
+        out, kept, before = np.asarray(out)[..., 0], np.asarray(kept), np.roll(greys, 1)
+        pasted = all(np.isin(image, [own, other]).all() for image, own, other in zip(out, greys, before, strict=True))
+        kinds.add(pasted)
+        np.testing.assert_allclose(out.mean((1, 2)), kept * greys + (1 - kept) * before, rtol=1e-4, atol=1e-3)
+        assert kept.min() >= 0 and kept.max() <= 1 and kept.std() > 0.1
+        if pasted:  # one rectangle each
+            for image, own in zip(out, greys, strict=True):
+                rows, columns = np.nonzero(image != own)
+                assert len(rows) == (len(set(rows)) * len(set(columns)) if len(rows) else 0)
+    assert kinds == ({True, False} if mixup and cutmix else {bool(cutmix)})
+
+
+def test_targets_are_mixed_as_the_images_are(rng):
+    """A model that reads the mixture off the image has the smallest loss that the mixed targets leave."""
+    batch = pictures(rng, b=8)
+    key = jax.random.key(3)
+    _, mix = jax.random.split(key)
+    _, kept = mixed(jnp.zeros((8, 8, 8, 3)), mix, 1.0, 0.0)
+    hot = np.eye(4)[np.asarray(batch["labels"])]
+    targets = np.asarray(kept)[:, None] * hot + (1 - np.asarray(kept))[:, None] * np.roll(hot, 1, 0)
+    logits = jnp.log(jnp.asarray(targets) + 1e-6)
+    total, _ = classify(lambda images, key: logits, batch, key, mean=0.5, std=0.5, mixup=1.0)
+    entropy = -(targets * np.log(targets + 1e-6)).sum(-1)
+    assert float(total) == pytest.approx((entropy * np.asarray(batch["mask"])).sum(), abs=1e-4)
+    assert entropy.max() > 0.3

@@ -76,7 +76,7 @@ def make_step(
     seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
 
     def total(params: Any, extras: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        model = nnx.merge(graph, params, extras)
+        model = nnx.merge(graph, params, extras, copy=True)  # variables of this trace, which a loss may change
         value, sums = loss(model, batch, key)
         return value, (sums, nnx.state(model, nnx.Not(nnx.Param)))
 
