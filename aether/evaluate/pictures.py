@@ -24,7 +24,8 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     axis = figure.subplots()
     shown = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if classes <= NAMED:
-        axis.set_xticks(range(classes), names, rotation=45, ha="right", rotation_mode="anchor")
+        turned = dict(rotation=45, ha="right", rotation_mode="anchor") if max(map(len, names)) > 3 else {}
+        axis.set_xticks(range(classes), names, **turned)
         axis.set_yticks(range(classes), names)
         for i, j in np.argwhere(confusion > 0):
             color = "white" if shares[i, j] > 0.5 else INK

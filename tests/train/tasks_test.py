@@ -1,4 +1,7 @@
-"""Classifiers through the trainer: BatchNorm's statistics are carried, averaged, saved and restored like parameters."""
+"""Classifiers and encoders through the trainer.
+
+BatchNorm's statistics are carried, averaged, saved and restored as parameters are.
+"""
 
 import dataclasses
 import json
@@ -12,8 +15,9 @@ from aether.config import build
 from aether.errors import InputError
 from aether.evaluate.load import load_run
 from aether.evaluate.run import evaluate_run
-from aether.testing import tiny_images
+from aether.testing import tiny_images, tiny_text
 from aether.train.loop import train
+from launch import cli, generate
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def config(place, kind="resnet", **sections):
 
 def lines(folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("images_per_second", "data_wait")
+    timed = ("images_per_second", "tokens_per_second", "data_wait")
     return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
 
@@ -123,3 +127,30 @@ def test_a_run_may_start_from_another_ones_statistics(runs, place, tmp_path):
             assert moved.max() > 0, "one step moves them"
         else:
             np.testing.assert_allclose(x[...], y[...], atol=1e-6)
+
+
+def test_a_classifier_writes_no_text(runs, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "prepare_environment", lambda debug: None)
+    generate.FLAGS.unparse_flags()
+    assert cli.run(generate.main, generate.FLAGS, generate.__doc__, [f"--workdir={runs[0]}"]) == 2
+    assert "a run of resnet, which does not write text" in capsys.readouterr().err
+
+
+def test_a_masked_language_model_learns_and_is_scored_again(tmp_path):
+    text = tiny_text(tmp_path, 300)
+    c = build(
+        dict(
+            model=dict(kind="minibert", layers=1, heads=2, width=16, dtype="float32", vocab_multiple=8),
+            data=dict(path=str(text), context=16, batch_size=16),
+            optim=dict(learning_rate=2e-2, warmup_steps=2),
+            train=dict(steps=60, eval_every=0, log_every=60),
+        )
+    )
+    train(c, str(tmp_path / "bert"))
+    last = {line["split"]: line for line in lines(tmp_path / "bert")}
+    assert last["validation"]["loss"] < 3.5 < np.log(257), "letters are rarer than bytes"
+    assert last["validation"]["bits_per_byte"] is None
+    found = evaluate_run(str(tmp_path / "bert"))
+    assert found["loss"] == pytest.approx(last["validation"]["loss"], rel=1e-5)
+    with pytest.raises(InputError, match="--pictures is 'here', but minibert reads text"):
+        evaluate_run(str(tmp_path / "bert"), pictures="here")
