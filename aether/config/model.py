@@ -69,7 +69,9 @@ class ModelConfig(Section, prefix="model"):
     epsilon: float = knob(0.3, "initial ε of the ⵟ denominator (learned)", low=1e-6)
     attention_alpha: float = knob(8.0, "initial α of attention scores (learned per head)", low=0.0)
     mlp_alpha: float = knob(16.0, "initial α of hidden units (learned per layer)", low=0.0)
-    conv_alpha: float = knob(16.0, "initial α of ⵟ convolutions (learned per layer)", low=0.0)
+    conv_alpha: float = knob(
+        64.0, "initial α of ⵟ convolutions at a fan-in of 128, with which it grows (learned per layer)", low=0.0
+    )
     yat_bias: float = knob(0.1, "initial b = softplus(bias) of ⵟ units (learned; 0: no bias)", low=0.0)
     embed_std: float = knob(
         0.0, "initial standard deviation of embeddings (0: 1 for ⵟ networks, 0.02 for baselines)", low=0.0, auto=True

@@ -19,7 +19,7 @@ from aether.config import ModelConfig
 from aether.models.gpt import _dropout, remat
 from aether.nn import BatchNorm, Conv, Linear, YatConv2D, YatNMN
 from aether.nn.param import stack
-from aether.parallel import ROWS, constrain
+from aether.parallel import ROWS, constrain, fetched
 
 _FAN_IN = 128  # at which `model.conv_alpha` and `model.yat_bias` hold
 _HEAD_STD = 0.02
@@ -141,7 +141,8 @@ class Stage(nnx.Module):
         c = self.config
 
         def run(x: Array, part: tuple[nnx.GraphDef, nnx.State]) -> tuple[Array, nnx.State]:
-            block = nnx.merge(*part)
+            graph, state = part
+            block = nnx.merge(graph, fetched(state))
             x = block(checkpoint_name(_laid_out(x), "stream"), train)
             return x, nnx.state(block, nnx.BatchStat)
 

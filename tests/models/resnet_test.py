@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aether.config import ModelConfig
+from aether.config import MeshConfig, ModelConfig
 from aether.models.resnet import ResNet
+from aether.parallel import make_mesh, shardings, to_global
 from tools import reference
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -177,3 +178,131 @@ def test_logits_are_those_of_numpy_in_float64(rng, kind, fields, train):
             np.testing.assert_allclose(now, 0.9 * was + 0.1 * moment, rtol=1e-3, atol=1e-4)
     if not theirs.statistics:
         jax.tree.map(np.testing.assert_array_equal, values, before)
+
+
+def stepped(model, x, labels, key, mesh=None):
+    """Return the loss, its gradients by parameter path and the statistics after the call."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest, x, labels):
+        model = nnx.merge(graph, params, rest, copy=True)
+        logits = jax.nn.log_softmax(model(x, key))
+        nll = -jnp.mean(jnp.take_along_axis(logits, labels[:, None], 1))
+        return nll, nnx.state(model, nnx.BatchStat)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    if mesh is None:
+        (value, statistics), slopes = step(params, rest, x, labels)
+    else:
+        params, rest = (jax.device_put(part, shardings(part, mesh)) for part in (params, rest))
+        batch = to_global(dict(x=x, labels=labels), mesh)
+        with jax.set_mesh(mesh):
+            (value, statistics), slopes = step(params, rest, **batch)
+    return float(value), nnx.to_flat_state(slopes), nnx.to_flat_state(statistics)
+
+
+def batch(rng, rows=8, side=9, channels=3):
+    x = rng.normal(size=(rows, side, side, channels)) + np.arange(rows)[:, None, None, None]
+    return np.asarray(x, np.float32), np.asarray(rng.integers(0, 10, rows), np.int32)
+
+
+def same(one, other):
+    assert one[0] == pytest.approx(other[0], rel=1e-4)
+    for these, those in zip(one[1:], other[1:], strict=True):
+        largest = max((float(jnp.linalg.norm(v.get_value())) for _, v in these), default=0.0)
+        for (path, a), (_, b) in zip(these, those, strict=True):
+            a, b = np.asarray(a.get_value()), np.asarray(b.get_value())
+            assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-5 * largest, path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_changes_neither_loss_nor_gradients_nor_statistics(rng, kind):
+    """Rows differ in their means, so that statistics of one device's rows would be others."""
+    model, (x, labels) = drawn(config(kind, **TINY)), batch(rng)
+    key = jax.random.key(0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    same(stepped(model, x, labels, key), stepped(model, x, labels, key, mesh))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fields", [dict(size="50"), dict(stem="imagenet", head="yat")], ids=str)
+def test_parameters_lie_on_any_mesh(kind, fields):
+    model = nnx.eval_shape(lambda: ResNet(config(kind, **fields), 3, nnx.Rngs(0)))
+    for sizes in (dict(fsdp=8, data=1), dict(fsdp=2, tensor=4, data=1)):
+        where = shardings(nnx.state(model), make_mesh(MeshConfig(**sizes)))
+        split = [path for path, s in nnx.to_flat_state(where) if not s.is_fully_replicated and path[-1] == "kernel"]
+        kernels = [path for path, _ in nnx.to_flat_state(where) if path[-1] == "kernel"]
+        assert split == kernels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_blocks_changes_nothing(rng, kind):
+    (x, labels), key = batch(rng), jax.random.key(0)
+    fields = {**TINY, "stages": "1,3"}
+    plain = stepped(drawn(config(kind, **fields)), x, labels, key)
+    for how in (dict(remat="full"), dict(remat="names", remat_names="product,hidden", scan_layers=False)):
+        same(plain, stepped(drawn(config(kind, **fields, **how)), x, labels, key))
+
+
+def test_dropout_needs_a_key(rng):
+    x = batch(rng)[0]
+    plain, dropping = (drawn(config("aether_resnet", **TINY, dropout=rate)) for rate in (0.0, 0.5))
+    np.testing.assert_array_equal(forward(plain, x)[0], forward(dropping, x)[0])
+    one, other = (forward(dropping, x, jax.random.key(k))[0] for k in (0, 1))
+    assert np.abs(one - other).max() > 1e-3
+
+
+def stream(model, x):
+    """Return rms of the stream before each block and of what the block's branch adds to it, in one array each."""
+    graph, state = nnx.split(model)
+
+    def rms(x):
+        return jnp.sqrt(jnp.mean(x * x))
+
+    def run(state, x):
+        model, found = nnx.merge(graph, state), []
+        x = model.stem(x)
+        for stage in model.stages:
+            rest = [nnx.merge(*nnx.split(stage.first))]
+            if stage.rest is not None:
+                graph_of, layers = nnx.split(stage.rest)
+                rest += [nnx.merge(graph_of, jax.tree.map(lambda v, k=k: v[k], layers)) for k in range(stage.length)]
+            for block in rest:
+                skip = x if block.skip is None else block.skip(x)
+                before, x = rms(x), block(x, True)
+                found.append((before, rms(x - skip), rms(x)))
+        return jnp.array(found).T
+
+    return np.asarray(jax.jit(run, compiler_options=FAST)(state, x))
+
+
+DEEP = dict(size="50", width=8, dtype="float32")
+
+
+def test_a_deep_aether_starts_with_a_stream_and_gradients_of_order_one(rng):
+    """ResNet-50's sixteen blocks, without normalisation: none is dead, none explodes, all learn."""
+    x = np.asarray(rng.normal(size=(8, 16, 16, 3)), np.float32)
+    model = made(config("aether_resnet", **DEEP))
+    before, added, after = stream(model, x)
+    assert (0.3 < after).all() and (after < 3.0).all()
+    assert (0.03 < added / before).all() and (added / before < 0.5).all()
+    value, slopes, _ = stepped(model, x, np.asarray(rng.integers(0, 10, 8), np.int32), jax.random.key(0))
+    assert abs(value - math.log(10)) < 0.3
+    kernels = [v.get_value() for path, v in slopes if path[-1] == "kernel" and path[0] == "stages"]
+    layers = [layer for k in kernels for layer in (k if k.ndim == 5 else k[None])]
+    norms = np.array([float(jnp.linalg.norm(layer)) for layer in layers])
+    assert len(norms) == 3 * 16 + 4
+    assert norms.min() > 1e-3 and norms.max() < 1.0 and norms.max() / norms.min() < 100
+
+
+def test_units_start_alike_whatever_their_width(rng):
+    """b follows 1/√fan_in and α its inverse square, so that ⵟ outputs are of order one in narrow and wide stages."""
+    c = config("aether_resnet", dtype="float32", width=4, stages="1,1,1,1")
+    levels = []
+    for k, stage in enumerate(made(c).stages):
+        width = 4 * 2 ** max(k - 1, 0)
+        x = jnp.asarray(rng.normal(size=(2, 8, 8, width)), jnp.float32)
+        y = nnx.jit(lambda layer, x: layer(x))(stage.first.hidden, x)[:, 1:-1, 1:-1]
+        levels.append((float(y.mean()), float(y.std())))
+    levels = np.array(levels)
+    assert (levels > 0.2).all() and (levels < 2.0).all() and (levels.max(0) / levels.min(0) < 1.5).all()
