@@ -259,30 +259,28 @@ def stream(model, x):
     def rms(x):
         return jnp.sqrt(jnp.mean(x * x))
 
+    def through(block, x):
+        skip = x if block.skip is None else block.skip(x)
+        y = block(x, True)
+        return y, jnp.stack([rms(x), rms(y - skip), rms(y)])
+
     def run(state, x):
         model, found = nnx.merge(graph, state), []
         x = model.stem(x)
         for stage in model.stages:
-            rest = [nnx.merge(*nnx.split(stage.first))]
-            if stage.rest is not None:
-                graph_of, layers = nnx.split(stage.rest)
-                rest += [nnx.merge(graph_of, jax.tree.map(lambda v, k=k: v[k], layers)) for k in range(stage.length)]
-            for block in rest:
-                skip = x if block.skip is None else block.skip(x)
-                before, x = rms(x), block(x, True)
-                found.append((before, rms(x - skip), rms(x)))
-        return jnp.array(found).T
+            x, first = through(stage.first, x)
+            one, layers = nnx.split(stage.rest)
+            x, others = jax.lax.scan(lambda x, layer, one=one: through(nnx.merge(one, layer), x), x, layers)
+            found += [first[None], others]
+        return jnp.concatenate(found).T
 
     return np.asarray(jax.jit(run, compiler_options=FAST)(state, x))
 
 
-DEEP = dict(size="50", width=8, dtype="float32")
-
-
 def test_a_deep_aether_starts_with_a_stream_and_gradients_of_order_one(rng):
     """ResNet-50's sixteen blocks, without normalisation: none is dead, none explodes, all learn."""
-    x = np.asarray(rng.normal(size=(8, 16, 16, 3)), np.float32)
-    model = made(config("aether_resnet", **DEEP))
+    x = np.asarray(rng.normal(size=(8, 8, 8, 3)), np.float32)
+    model = made(config("aether_resnet", size="50", width=8, dtype="float32"))
     before, added, after = stream(model, x)
     assert (0.3 < after).all() and (after < 3.0).all()
     assert (0.03 < added / before).all() and (added / before < 0.5).all()
@@ -292,7 +290,7 @@ def test_a_deep_aether_starts_with_a_stream_and_gradients_of_order_one(rng):
     layers = [layer for k in kernels for layer in (k if k.ndim == 5 else k[None])]
     norms = np.array([float(jnp.linalg.norm(layer)) for layer in layers])
     assert len(norms) == 3 * 16 + 4
-    assert norms.min() > 1e-3 and norms.max() < 1.0 and norms.max() / norms.min() < 100
+    assert norms.min() > 0.02 and norms.max() < 3.0
 
 
 def test_units_start_alike_whatever_their_width(rng):
