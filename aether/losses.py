@@ -1,6 +1,6 @@
 """Losses: (model, batch, key) -> (total over the tokens, sums for the log). Vary the loss, never the loop.
 
-Axes: b batch, t position, d width, v vocabulary.
+Axes: b batch, t position, d width, v vocabulary; h, w, c of images.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from aether.config import Config
 from aether.parallel import over_batch
 
 Sums = dict[str, Array]
@@ -43,7 +44,125 @@ def lm(
     return total, dict(nll=nll, correct=correct, weight=jnp.sum(mask))
 
 
-LOSSES: dict[str, Loss] = {"lm": lm}
+def mlm(
+    model: Any, batch: dict[str, Array], key: Array | None, *, chunk: int = 128, z_loss: float = 0.0
+) -> tuple[Array, Sums]:
+    """Return the loss of the ids that were masked, summed over them; as `lm` otherwise.
+
+    Args:
+      model: an `aether.models.Bert`.
+      batch: `tokens` as the model sees them, `targets` as they were, `segments`, `positions`, and `mask`, 1 where the
+        target counts; all (b, t).
+      key: of dropout, or None.
+      chunk: positions whose logits exist at one time.
+      z_loss: weight of log² Z.
+    """
+    hidden = model(batch["tokens"], segments=batch["segments"], positions=batch["positions"], key=key)
+    mask = batch["mask"].astype(jnp.float32)
+    with jax.named_scope("head"):
+        kernel = model.head_kernel().astype(hidden.dtype)
+        total, nll, correct = cross_entropy(chunk, z_loss, model.vocab, hidden, kernel, batch["targets"], mask)
+    return total, dict(nll=nll, correct=correct, weight=jnp.sum(mask))
+
+
+def classify(
+    model: Any,
+    batch: dict[str, Array],
+    key: Array | None,
+    *,
+    mean: float,
+    std: float,
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+) -> tuple[Array, Sums]:
+    """Return the cross entropy of images summed over them, Σ −Σ_c t_c log p_c, and sums.
+
+    In training (with a key) each image is mixed with the one before it in the batch: blended (Zhang et al., 2018), or a
+    rectangle of that one pasted into it (Yun et al., 2019), half of the batches each where both are asked for; the
+    targets t are mixed alike.
+
+    Args:
+      model: (images, key) -> logits (b, classes), the images float32, (x/255 − mean)/std.
+      batch: `images` (b, h, w, c) uint8, `labels` (b,), and `mask` (b,), 1 where the image counts.
+      key: of what is random in training, or None.
+      mean: of pixels in 0..1.
+      std: of pixels in 0..1.
+      label_smoothing: weight of the uniform distribution in t (Szegedy et al., 2016).
+      mixup: a of the Beta(a, a) that says how much of each image is kept; 0: no blending.
+      cutmix: the same for the share of its area; 0: no pasting.
+
+    Returns:
+      the total, to be divided by `sums["weight"]`, and the sums `nll` (without smoothing), `correct`, `weight`.
+    """
+    images, mask = scaled(batch["images"], mean, std), batch["mask"].astype(jnp.float32)
+    mix, shares = None, None
+    if key is not None and (mixup or cutmix):
+        key, mix = jax.random.split(key)
+        images, shares = mixed(images, mix, mixup, cutmix)
+    logits = model(images, key=key)
+    log_p = jax.nn.log_softmax(logits)
+    targets = jax.nn.one_hot(batch["labels"], logits.shape[-1])
+    if shares is not None:
+        kept = shares[:, None]
+        targets = kept * targets + (1.0 - kept) * jnp.roll(targets, 1, 0)
+    nll = jnp.sum(mask * -jnp.sum(targets * log_p, -1))
+    smooth = jnp.sum(mask * -jnp.mean(log_p, -1))
+    total = (1.0 - label_smoothing) * nll + label_smoothing * smooth
+    guessed = jnp.argmax(logits, -1) == batch["labels"]
+    return total, dict(nll=nll, correct=jnp.sum(mask * guessed), weight=jnp.sum(mask))
+
+
+def scaled(images: Array, mean: float, std: float) -> Array:
+    """Return uint8 images as the model takes them, (x/255 − mean)/std, float32."""
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def mixed(images: Array, key: Array, mixup: float, cutmix: float) -> tuple[Array, Array]:
+    """Return images (b, h, w, c), each mixed with the one before it, and the share (b,) of itself that each keeps."""
+    b, h, w, _ = images.shape
+    which, share, row, column = jax.random.split(key, 4)
+    other = jnp.roll(images, 1, 0)
+    paste = jax.random.bernoulli(which) if mixup and cutmix else jnp.bool_(bool(cutmix))
+    a = jnp.where(paste, cutmix, mixup)
+    kept = jax.random.beta(share, a, a, (b,))
+    blended = kept[:, None, None, None] * images + (1.0 - kept[:, None, None, None]) * other
+    side = jnp.sqrt(1.0 - kept)  # the rectangle's, as a share of the image's, its centre anywhere
+    inside_rows, tall = _span(row, h, side)
+    inside_columns, wide = _span(column, w, side)
+    inside = inside_rows[:, :, None, None] & inside_columns[:, None, :, None]
+    pasted = jnp.where(inside, other, images)
+    return jnp.where(paste, pasted, blended), jnp.where(paste, 1.0 - tall * wide / (h * w), kept)
+
+
+def _span(key: Array, size: int, side: Array) -> tuple[Array, Array]:
+    """Return which of `size` places (b, size) an interval with a random centre covers, and how many (b,)."""
+    centre = jax.random.uniform(key, side.shape) * size
+    low = jnp.clip(jnp.round(centre - side * size / 2), 0, size)
+    high = jnp.clip(jnp.round(centre + side * size / 2), 0, size)
+    places = jnp.arange(size)
+    return (places >= low[:, None]) & (places < high[:, None]), high - low
+
+
+LOSSES: dict[str, Loss] = {"lm": lm, "mlm": mlm, "classify": classify}
+
+
+def loss_of(config: Config) -> Loss:
+    """Return the loss of a resolved config's task with its options bound: loss(model, batch, key)."""
+    c, image = config.train, config.image
+    text: dict[str, Any] = dict(chunk=c.loss_chunk, z_loss=c.z_loss)
+    options: dict[str, dict[str, Any]] = dict(
+        lm=text,
+        mlm=text,
+        classify=dict(
+            mean=image.mean,
+            std=image.std,
+            label_smoothing=image.label_smoothing,
+            mixup=image.mixup,
+            cutmix=image.cutmix,
+        ),
+    )
+    return partial(LOSSES[config.model.task], **options[config.model.task])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 from aether.config import Config, build
-from aether.models import MODELS
+from aether.models import describe_model, make_model
 
 VOCAB = 32
 
@@ -34,7 +34,7 @@ def tiny_model(config: Config) -> nnx.Module:
     """Make the model of a resolved config from its seed, compiled as one function: much faster than op by op."""
 
     def make() -> nnx.Module:
-        return MODELS[config.model.kind](config.model, config.data.context, nnx.Rngs(config.train.seed))
+        return make_model(config, nnx.Rngs(config.train.seed))
 
     graph = nnx.graphdef(nnx.eval_shape(make))
     return nnx.merge(graph, jax.jit(lambda: nnx.state(make()))())
@@ -47,9 +47,8 @@ def drawn_model(config: Config) -> nnx.Module:
     def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape.shape) / 3, shape.dtype)
 
-    make = MODELS[config.model.kind]
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: make(config.model, config.data.context, nnx.Rngs(0))))
-    return nnx.merge(graph, jax.tree.map(draw, shapes))
+    graph, *shapes = describe_model(config)
+    return nnx.merge(graph, *jax.tree.map(draw, shapes))
 
 
 def tiny_batch(config: Config, step: int = 0) -> dict[str, np.ndarray]:

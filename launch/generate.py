@@ -37,6 +37,11 @@ def main(args: flags.FlagValues) -> None:
     from aether.generate.text import text_streams
 
     run = load_run(workdir, args.step)
+    if run.config.model.task != "lm" or run.tokenizer is None:
+        raise InputError(
+            f"--workdir is {workdir}, a run of {run.config.model.kind}, which does not write text; give one of "
+            "model.kind=aether or gpt2."
+        )
     decoder = Decoder(run.graph, run.config.data.context, run.tokenizer.eot, run.tokenizer.vocab_size)
     names = ("temperature", "top_k", "top_p", "seed", "num")
     settings = {name: getattr(args, name) for name in names}

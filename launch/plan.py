@@ -23,7 +23,7 @@ flags.DEFINE_string("topology", "", "v5p:8x8x8, v5e:16x16, tpu7x:4x4x4 ..., or G
 flags.DEFINE_integer("slices", 1, "slices of that topology, joined by their data centre", 1, flag_values=FLAGS)
 flags.DEFINE_integer("batch", 0, "sequences a step (0: data.batch_size)", 0, flag_values=FLAGS)
 flags.DEFINE_integer("context", 0, "tokens a sequence (0: data.context)", 0, flag_values=FLAGS)
-flags.DEFINE_integer("vocab", 0, "ids of the tokenizer (0: by model.vocab or data.tokenizer)", 0, flag_values=FLAGS)
+flags.DEFINE_integer("vocab", 0, "ids of the tokenizer, or classes (0: by the config)", 0, flag_values=FLAGS)
 flags.DEFINE_bool("json", False, "print one JSON object", flag_values=FLAGS)
 flags.DEFINE_bool("search", False, "try batches (unless --batch is given), remat and meshes", flag_values=FLAGS)
 flags.DEFINE_integer("seconds", 600, "time for --search", 1, flag_values=FLAGS)
@@ -47,9 +47,9 @@ def main(args: flags.FlagValues) -> None:
         targets = [topology(text, args.slices)]
     machine.prepare(targets, args.debug)
     from aether.plan import report  # JAX comes with it
-    from aether.plan.measure import make_plan, vocabulary
+    from aether.plan.measure import make_plan, resolved
 
-    config = config.resolved(vocabulary(config, args.vocab))
+    config = resolved(config, args.vocab)
     if args.scaling:
         _scaling(config, targets, args.json)
     elif args.search:

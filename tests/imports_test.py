@@ -33,7 +33,13 @@ HOMES = {
     "absl.app": r"(launch|tools)(\..*)?",
 }
 NUMERIC = ("jax", "jaxlib", "flax", "optax", "orbax")
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}  # names that differ
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+}  # names that differ
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def reader(args: flags.FlagValues) -> dict[str, Any]:
     from aether.data.loader import load_corpus
 
     config = DataConfig(context=1024, batch_size=8)
-    windows = load_corpus(config).train[0].windows
+    windows = load_corpus(config).train[0].examples
     order = np.random.default_rng(0).permutation(len(windows))
     rates = []
     for _ in range(args.rounds):
@@ -133,11 +133,11 @@ def decode(args: flags.FlagValues) -> dict[str, Any]:
 
     from aether.config import build
     from aether.generate.decode import Decoder
-    from aether.models import MODELS
+    from aether.models.gpt import GPT
 
     length = 512
     c = build({"model": {"dtype": "float32"}}).model.resolved(257)
-    graph, params = nnx.split(MODELS[c.kind](c, length, nnx.Rngs(0)))
+    graph, params = nnx.split(GPT(c, length, nnx.Rngs(0)))
     decoder = Decoder(graph, length, 256, 256)  # end of text is beyond what is drawn, so that no sample ends early
 
     @jax.jit

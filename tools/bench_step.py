@@ -23,13 +23,13 @@ def tables(args: Any, where: Where) -> Iterator[tuple[str, list[Contender]]]:
 
 def config_of(kind: str, size: str, args: Any) -> Config:
     """Return the resolved config of a model: the file's, with this size and batch, without microbatches."""
-    from aether.plan.measure import vocabulary
+    from aether.plan.measure import resolved
 
     path = args.config or CONFIGS.get(size, "configs/aether_124m.py")
     own = [f"model.kind={kind}", f"model.size={size}", f"data.batch_size={args.batch or 8}", "train.accumulate=1"]
     own += [f"data.context={args.context}"] if args.context else []
     config = make_config(path, [*own, *args.override])
-    return config.resolved(vocabulary(config))
+    return resolved(config)
 
 
 def stepper(config: Config) -> Callable[[Where], Program]:
@@ -43,12 +43,11 @@ def compiled(config: Config, mesh: Any) -> Program:
     from flax import nnx
 
     from aether import parallel
-    from aether.evaluate.metrics import bound_loss
-    from aether.losses import LOSSES
-    from aether.train.flops import flops_per_token, peak_flops
+    from aether.losses import loss_of
+    from aether.train.flops import flops_per_step, peak_flops
     from aether.train.setup import batch_shapes, compile_step, describe_state
 
-    loss = bound_loss(LOSSES["lm"], config.train.loss_chunk, config.train.z_loss)
+    loss = loss_of(config)
     graph, make, like = describe_state(config, mesh)
     program = compile_step(config, graph, loss, like, mesh)
 
@@ -71,10 +70,9 @@ def compiled(config: Config, mesh: Any) -> Program:
         return call
 
     def more(ms: float) -> Row:
-        rate = config.data.batch_size * config.data.context / ms * 1e3
         peak = peak_flops(list(mesh.devices.flat))
-        mfu = rate * flops_per_token(config, like.params) / peak if peak else None
-        return dict(tokens_per_second=rate, mfu=mfu)
+        mfu = flops_per_step(config) / (ms / 1e3) / peak if peak else None
+        return {f"{config.unit}_per_second": config.per_step / ms * 1e3, "mfu": mfu}
 
     return Program(program, saved, beside, start, more)
 

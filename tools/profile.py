@@ -28,7 +28,7 @@ FLAGS = cli.new_flags(config=True)
 flags.DEFINE_integer("steps", 5, "traced steps", flag_values=FLAGS, lower_bound=1)
 flags.DEFINE_integer("top", 20, "operations listed", flag_values=FLAGS, lower_bound=1)
 flags.DEFINE_string("out", "", "folder of the trace (a new one in the system's for temporary files)", flag_values=FLAGS)
-flags.DEFINE_integer("vocab", 0, "ids of the tokenizer (0: by model.vocab or data.tokenizer)", 0, flag_values=FLAGS)
+flags.DEFINE_integer("vocab", 0, "ids of the tokenizer, or classes (0: by the config)", 0, flag_values=FLAGS)
 
 WARM_UP = 2  # steps before the trace
 SCOPES = ("embed", "attention", "mlp", "head", "optimizer", "blocks")  # the last: what the scan adds to its layers
@@ -62,11 +62,11 @@ def main(args: flags.FlagValues) -> None:
     folder = args.out or tempfile.mkdtemp(prefix="aether-profile-")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program from there has the names of older code
     from aether import parallel
-    from aether.plan.measure import vocabulary
+    from aether.plan.measure import resolved
     from aether.plan.read import parse
     from tools import bench_step
 
-    config = config.resolved(vocabulary(config, args.vocab))
+    config = resolved(config, args.vocab)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check(config, mesh)
     program = bench_step.compiled(config, mesh)

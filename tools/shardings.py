@@ -20,7 +20,7 @@ FLAGS = cli.new_flags(config=True)
 flags.DEFINE_integer("devices", 0, "devices of the mesh", 0, flag_values=FLAGS)
 flags.DEFINE_string("topology", "", "or a topology such as v5p:8x8x8", flag_values=FLAGS)
 flags.DEFINE_integer("slices", 1, "slices of that topology", 1, flag_values=FLAGS)
-flags.DEFINE_integer("vocab", 0, "ids of the tokenizer (0: by model.vocab or data.tokenizer)", 0, flag_values=FLAGS)
+flags.DEFINE_integer("vocab", 0, "ids of the tokenizer, or classes (0: by the config)", 0, flag_values=FLAGS)
 flags.DEFINE_bool("optimizer", False, "the optimizer's state, too", flag_values=FLAGS)
 
 HEAD = ("array", "shape", "dtype", "logical axes", "mesh axes", "bytes a device")
@@ -42,12 +42,12 @@ def main(args: flags.FlagValues) -> None:
     import jax
 
     from aether import parallel
-    from aether.plan.measure import vocabulary
+    from aether.plan.measure import resolved
     from aether.train.setup import describe_state
 
     devices = machine.devices_of(target) if target else jax.devices("cpu")[: args.devices]
     mesh = parallel.make_mesh(config.mesh, devices)
-    _, _, like = describe_state(config.resolved(vocabulary(config, args.vocab)), mesh)
+    _, _, like = describe_state(resolved(config, args.vocab), mesh)
     parts = {"params": like.params} | ({"opt_state": like.opt_state} if args.optimizer else {})
     if like.ema is not None:
         parts["ema"] = like.ema

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
 from aether import arrays, storage
 from aether.checkpoint import tensors
@@ -102,6 +103,25 @@ class Checkpoints:
         wanted = {f"{part}/{name}": leaf for name, leaf in arrays.named_leaves(like_params).items()}
         values, meta, found, _ = self._newest(wanted, step, f"{part}/")
         return jax.tree.unflatten(jax.tree.structure(like_params), values), meta, found
+
+    def restore_model(
+        self, params: Any, extras: Any, step: int | None = None, *, averaged: bool
+    ) -> tuple[nnx.State, int]:
+        """Read what a model is merged from, and its step.
+
+        Args:
+          params: like those that are trained.
+          extras: like what else the model holds.
+          step: of the checkpoint; the newest by default.
+          averaged: read the averages of both.
+        """
+        both = nnx.merge_state(params, extras)
+        if averaged or not jax.tree.leaves(extras):
+            read, _, found = self.restore_params(both, step, part="ema" if averaged else "params")
+            return read, found
+        read, _, found = self.restore_params(params, step)
+        rest, _, _ = self.restore_params(extras, found, part="extras")
+        return nnx.merge_state(read, rest), found
 
     def before(self, step: int) -> int | None:
         """Return the newest step that is no later than `step`, or None."""

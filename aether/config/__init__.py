@@ -80,6 +80,16 @@ class Config:
             )
         return dataclasses.replace(self, model=model, image=image, optim=optim)
 
+    @property
+    def unit(self) -> str:
+        """What a run counts: tokens or images."""
+        return "images" if self.model.task == "classify" else "tokens"
+
+    @property
+    def per_step(self) -> int:
+        """How many of them a step takes, over all devices."""
+        return self.data.batch_size * (self.data.context if self.unit == "tokens" else 1)
+
     def continued(self, saved: "Config") -> Self:
         """Take what is left open here from the run in the workdir, so that resuming does not decide it anew."""
         sections = {}

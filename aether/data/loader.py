@@ -1,144 +1,52 @@
-"""Corpora and batches: every batch is a function of (seed, step) alone, on any number of hosts and workers."""
+"""Batches of examples: every batch is a function of (seed, step) alone, on any number of hosts and workers."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import grain
 import numpy as np
 
 from aether.config import DataConfig
-from aether.data.cache import characters_of, find, prepare_cached
 from aether.data.encode import end_with_parent
-from aether.data.pack import Window, Windows
-from aether.data.prepared import Prepared, check_tokenizer
-from aether.data.sources import Source
-from aether.data.tokenizers import Tokenizer, chars_tokenizer, load_tokenizer
 from aether.errors import InputError
 
 ENDLESS = 1 << 50
+Example = dict[str, np.ndarray]  # arrays and numbers by name, of the same shapes for all examples of a set
 Batch = dict[str, np.ndarray]
-Log = Callable[[str], None]
 
 
-def _silent(line: str) -> None:
-    """Say nothing."""
+class Examples(Protocol):
+    """What batches are made of, by number: windows of a text (`aether.data.pack`), images (`aether.data.images`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Return an example as evaluation sees it."""
+
+    def draw(self, index: int, seed: Sequence[int]) -> Example:
+        """Return an example as training sees it, a function of its number and the seed."""
+
+    def blank(self) -> Example:
+        """Return what pads a batch: an example of which nothing is scored."""
+
+    def fetch(self, indices: Iterable[int]) -> None:
+        """Fetch what these examples lack of remote files, side by side."""
 
 
 @dataclass(frozen=True)
 class TrainSet:
-    """A named training text with its share of the batches."""
+    """A named training set with its share of the batches."""
 
     name: str
     weight: float
-    windows: Windows
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """All texts of a run.
-
-    Attributes:
-      fingerprint: changes when a training text, its split, or the tokenizer changes.
-      summary: lines a person wants to see at start-up.
-    """
-
-    tokenizer: Tokenizer
-    fingerprint: str
-    train: list[TrainSet]
-    validation: dict[str, Windows]
-    summary: list[str]
-
-
-def load_corpus(config: DataConfig, log: Log = _silent) -> Corpus:
-    """Find, prepare (or take from the cache) and open the texts of a run.
-
-    Raises:
-      InputError: a text that is missing, empty, too short, or made with another tokenizer.
-    """
-    paths = config.mixture or {"train": config.path}
-    found = {name: find(path, config) for name, path in paths.items()}
-    tokenizer = _tokenizer(found, config)
-    if config.validation:
-        config = replace(config, validation_fraction=0.0)
-    train, validation, summary, prints = (
-        [],
-        {},
-        [f"tokenizer {tokenizer.spec}: {tokenizer.vocab_size} ids"],
-        [tokenizer.hash],
-    )
-    for name, place in found.items():
-        prepared = _prepared(place, config, tokenizer, log)
-        train.append(
-            TrainSet(name, config.weights.get(name, 1.0), _windows(prepared, "train", config, tokenizer, padded=False))
-        )
-        prints.append(f"{name} {prepared.fingerprint}")
-        summary += _describe(name, prepared, "train")
-        if not config.validation and "validation" in prepared.splits:
-            held = f"validation_{name}" if config.mixture else "validation"
-            validation[held] = _windows(prepared, "validation", config, tokenizer, padded=True)
-            summary += _describe(held, prepared, "validation")
-    for name, path in config.validation.items():
-        validation[name] = load_validation(path, config, tokenizer, log)
-        summary.append(f"{name}: {validation[name].tokens:,} tokens from {path}")
-    for line in summary:
-        log(line)
-    return Corpus(tokenizer, hashlib.sha256("\n".join(prints).encode()).hexdigest()[:32], train, validation, summary)
-
-
-def load_validation(path: str, config: DataConfig, tokenizer: Tokenizer, log: Log = _silent) -> Windows:
-    """Open the whole text behind a path for evaluation.
-
-    Of a prepared folder or a TFDS set that has a held-out split, that split is taken.
-    """
-    place = find(path, config)
-    if isinstance(place, Source) and place.held_out:
-        place = Source(place.path, place.held_out, place.single)
-    prepared = _prepared(place, replace(config, validation_fraction=0.0), tokenizer, log)
-    split = "validation" if "validation" in prepared.splits else "train"
-    return _windows(prepared, split, config, tokenizer, padded=True)
-
-
-def _tokenizer(found: dict[str, Source | Prepared], config: DataConfig) -> Tokenizer:
-    if config.tokenizer != "chars":
-        return load_tokenizer(config.tokenizer)
-    for place in found.values():
-        if isinstance(place, Prepared):
-            tokenizer = place.tokenizer()
-            if tokenizer.kind != "chars":
-                raise InputError(
-                    f"{place.folder} was prepared with the tokenizer {tokenizer.spec} and data.tokenizer is chars; "
-                    f"set data.tokenizer={tokenizer.spec}, or prepare the text again."
-                )
-            return tokenizer
-    return chars_tokenizer("".join(characters_of(s, config) for s in found.values() if isinstance(s, Source)))
-
-
-def _prepared(place: Source | Prepared, config: DataConfig, tokenizer: Tokenizer, log: Log) -> Prepared:
-    if isinstance(place, Source):
-        return prepare_cached(place, config, tokenizer, log)
-    check_tokenizer(place, tokenizer)
-    return place
-
-
-def _windows(prepared: Prepared, split: str, config: DataConfig, tokenizer: Tokenizer, padded: bool) -> Windows:
-    return Windows(prepared, split, config.context, config.segments, tokenizer.eot, padded, tokenizer.vocab_size)
-
-
-def _describe(name: str, prepared: Prepared, split: str) -> list[str]:
-    part = prepared.splits[split]
-    begin, end = part["tokens"]
-    lines = [f"{name}: {end - begin:,} tokens in {part['documents']:,} documents from {prepared.manifest['source']}"]
-    skipped = prepared.manifest["skipped"]
-    if skipped and split == "train":
-        names = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
-        lines.append(f"{name}: skipped {len(skipped)} files that are not UTF-8 text: {names}")
-    return lines
+    examples: Examples
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """A source of (set, window) pairs, which are shuffled and mixed in place of the windows themselves."""
+    """A source of (set, example) pairs, which are shuffled and mixed in place of the examples themselves."""
 
     source: int
     count: int
@@ -151,12 +59,12 @@ class _Numbers:
 
 
 def _order(train: list[TrainSet], seed: int) -> grain.MapDataset:
-    """Return the endless sequence of (set, window): each set shuffled anew every epoch, mixed by weight."""
+    """Return the endless sequence of (set, example): each set shuffled anew every epoch, mixed by weight."""
     sets = []
     for number, part in enumerate(train):
         # Grain shuffles epoch e with seed + e: hashing keeps neighbouring seeds from sharing epochs.
         own = int.from_bytes(hashlib.sha256(f"{seed} {part.name}".encode()).digest()[:4], "little")
-        sets.append(grain.MapDataset.source(_Numbers(number, len(part.windows))).shuffle(seed=own).repeat())
+        sets.append(grain.MapDataset.source(_Numbers(number, len(part.examples))).shuffle(seed=own).repeat())
     return sets[0] if len(sets) == 1 else grain.MapDataset.mix(sets, [part.weight for part in train])
 
 
@@ -165,22 +73,22 @@ class _TrainBatches:
 
     def __init__(self, train: list[TrainSet], batch_size: int, seed: int, step: int, rows: Sequence[int]):
         self.train, self.batch_size, self.step, self.rows = train, batch_size, step, rows
-        self.order = _order(train, seed)
+        self.order, self.seed = _order(train, seed), seed
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
         first = (self.step + index) * self.batch_size
-        picked = [self.order[first + row] for row in self.rows]
+        picked = [(first + row, *self.order[first + row]) for row in self.rows]
         for number, part in enumerate(self.train):
-            part.windows.fetch(window for source, window in picked if source == number)
-        return _stack([self.train[source].windows[window] for source, window in picked])
+            part.examples.fetch(index for _, source, index in picked if source == number)
+        return _stack([self.train[source].examples.draw(index, (self.seed, place)) for place, source, index in picked])
 
 
-def _stack(windows: list[Window]) -> Batch:
+def _stack(examples: list[Example]) -> Batch:
     # sorted, as Grain's processes hand dicts on
-    return {key: np.stack([w[key] for w in windows]) for key in sorted(windows[0])}
+    return {key: np.stack([example[key] for example in examples]) for key in sorted(examples[0])}
 
 
 def _read_ahead(batches: _TrainBatches, config: DataConfig) -> Iterator[Batch]:
@@ -219,49 +127,31 @@ def _drain(iterator: grain.DatasetIterator) -> Iterator[Batch]:
 
 
 def train_batches(
-    corpus: Corpus, config: DataConfig, seed: int, step: int = 0, rows: Sequence[int] | None = None
+    train: list[TrainSet], config: DataConfig, seed: int, step: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Yield the batches of updates step+1, step+2, ... without end, or `rows` of them: those of this process.
-
-    See `Windows` for the arrays.
-    """
+    """Yield the batches of updates step+1, step+2, ... without end, or `rows` of them: those of this process."""
     rows = range(config.batch_size) if rows is None else rows
-    return _read_ahead(_TrainBatches(corpus.train, config.batch_size, seed, step, rows), config)
+    return _read_ahead(_TrainBatches(train, config.batch_size, seed, step, rows), config)
 
 
-def batch_ids(corpus: Corpus, config: DataConfig, seed: int, step: int) -> list[str]:
-    """Name the sequences of the batch that `train_batches` yields first from `step`, over all processes."""
-    order = _order(corpus.train, seed)
+def batch_ids(train: list[TrainSet], config: DataConfig, seed: int, step: int) -> list[str]:
+    """Name the examples of the batch that `train_batches` yields first from `step`, over all processes."""
+    order = _order(train, seed)
     picked = (order[step * config.batch_size + row] for row in range(config.batch_size))
-    return [f"{corpus.train[source].name}:{window}" for source, window in picked]
+    return [f"{train[source].name}:{index}" for source, index in picked]
 
 
-def validation_batches(
-    corpus: Corpus, config: DataConfig, name: str, batches: int = 0, rows: Sequence[int] | None = None
+def evaluation_batches(
+    examples: Examples, config: DataConfig, batches: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Yield a validation set once; see `window_batches`."""
-    return window_batches(corpus.validation[name], config, batches, rows)
+    """Yield all examples once in order, or `batches` batches spread evenly; or `rows` of each of them.
 
-
-def window_batches(
-    windows: Windows, config: DataConfig, batches: int = 0, rows: Sequence[int] | None = None
-) -> Iterator[Batch]:
-    """Yield all windows once in order, or `batches` batches spread evenly; or `rows` of each of them.
-
-    Rows beyond the last window have mask 0.
+    Rows beyond the last example are blank, their mask 0.
     """
     rows = range(config.batch_size) if rows is None else rows
-    total = -(-len(windows) // config.batch_size)
+    total = -(-len(examples) // config.batch_size)
     chosen = range(total) if not 0 < batches < total else [(2 * k + 1) * total // (2 * batches) for k in range(batches)]
     for batch in chosen:
         wanted = [batch * config.batch_size + row for row in rows]
-        windows.fetch(index for index in wanted if index < len(windows))
-        yield _stack([_window_or_blank(windows, index) for index in wanted])
-
-
-def _window_or_blank(windows: Windows, index: int) -> Window:
-    if index < len(windows):
-        return windows[index]
-    size = windows.context + 1
-    blank = {key: np.zeros(size, np.int32) for key in ("segments", "positions")}
-    return dict(tokens=np.full(size, windows.eot, np.int32), **blank, mask=np.zeros(size - 1, np.int32))
+        examples.fetch(index for index in wanted if index < len(examples))
+        yield _stack([examples[index] if index < len(examples) else examples.blank() for index in wanted])

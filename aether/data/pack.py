@@ -1,7 +1,7 @@
 """Packing as index arithmetic: sequence i of a split is the window of T+1 tokens at i*T over all shards."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,16 @@ class Windows:
         if filled < size:
             segments[filled:], positions[filled:], mask[filled - 1 :] = 0, 0, 0
         return dict(tokens=tokens, segments=segments, positions=positions, mask=mask)
+
+    def draw(self, index: int, seed: Sequence[int]) -> Window:
+        """Return window `index`: nothing about it is random."""
+        return self[index]
+
+    def blank(self) -> Window:
+        """Return a window that is padding from end to end."""
+        size = self.context + 1
+        zeros = {key: np.zeros(size, np.int32) for key in ("segments", "positions")}
+        return dict(tokens=np.full(size, self.eot, np.int32), **zeros, mask=np.zeros(size - 1, np.int32))
 
     def fetch(self, indices: Iterable[int]) -> None:
         """Fetch what these windows lack of a remote folder, side by side; of a local one nothing."""

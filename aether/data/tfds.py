@@ -51,11 +51,16 @@ def _builder(path: str, folder: str, where: str) -> Any:
     return builder
 
 
-def read_split(path: str, split: str, config: DataConfig) -> Iterator[Document]:
-    """Yield the feature `data.text_key` of each record of a split; files of a remote one are fetched whole first."""
+def open_split(path: str, split: str, config: DataConfig) -> Any:
+    """Return the builder behind a path; the files of this split, where they are remote, are fetched whole first."""
     if remote.is_remote(config.tfds_dir):
         _Mirror(config.tfds_dir, path.split(":")[1], config).fetch(f"-{split}{RECORDS}")
-    source = open_builder(path, config)[0].as_data_source(split)
+    return open_builder(path, config)[0]
+
+
+def read_split(path: str, split: str, config: DataConfig) -> Iterator[Document]:
+    """Yield the feature `data.text_key` of each record of a split."""
+    source = open_split(path, split, config).as_data_source(split)
     for i in range(len(source)):
         record = source[i]
         yield f"{path}:{split}:{i}", field_bytes(record, config.text_key, f"{path} record {i} of {split}")

@@ -8,9 +8,11 @@ from jax.sharding import Mesh
 
 from aether.checkpoint import Checkpoints
 from aether.config import Config, MeshConfig, build
+from aether.data.corpus import TOKENIZER
+from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer, restore_tokenizer
 from aether.errors import InputError
-from aether.models import MODELS
+from aether.models import describe_model
 from aether.parallel import make_mesh, placed
 from aether.workdir import Workdir
 
@@ -24,8 +26,9 @@ class Run:
       step: of the checkpoint.
       config: resolved, from config.json.
       graph: of the model; `nnx.merge(graph, params)` is the module.
-      params: the averaged ones where the run keeps them (`train.ema`).
-      tokenizer: the run's own copy.
+      params: all that the module holds; averages where the run keeps them (`train.ema`).
+      tokenizer: the run's own copy; None for images.
+      labels: of images, the run's own copy; None for texts.
       mesh: where the parameters lie.
     """
 
@@ -34,7 +37,8 @@ class Run:
     config: Config
     graph: nnx.GraphDef = field(repr=False)
     params: Any = field(repr=False)
-    tokenizer: Tokenizer = field(repr=False)
+    tokenizer: Tokenizer | None = field(repr=False)
+    labels: Labels | None
     mesh: Mesh
 
 
@@ -60,12 +64,14 @@ def load_run(workdir: str, step: int | None = None, *, mesh: Mesh | None = None)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if not checkpoints.steps():
         raise InputError(f"The run in {workdir} has no checkpoint yet; let it train until it saves one.")
-    tokenizer = restore_tokenizer(str(folder.local / "tokenizer"))
+    images = config.model.task == "classify"
+    tokenizer = None if images else restore_tokenizer(str(folder.local / TOKENIZER))
+    labels = Labels.restore(str(folder.local)) if images else None
     mesh = mesh or _mesh(config.mesh)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: _model(config)))
-    part = "ema" if config.train.ema else "params"
-    params, _, found = checkpoints.restore_params(placed(shapes, mesh, config.mesh), step, part=part)
-    return Run(workdir, found, config, graph, params, tokenizer, mesh)
+    graph, *shapes = describe_model(config)
+    params, extras = (placed(part, mesh, config.mesh) for part in shapes)
+    params, found = checkpoints.restore_model(params, extras, step, averaged=bool(config.train.ema))
+    return Run(workdir, found, config, graph, params, tokenizer, labels, mesh)
 
 
 def _config(folder: Workdir) -> Config:
@@ -74,10 +80,6 @@ def _config(folder: Workdir) -> Config:
         return build(record["config"])
     except (InputError, KeyError, TypeError) as e:
         raise InputError(f"{folder.path}/config.json is not the record of a run that this Aether can read: {e}") from e
-
-
-def _model(config: Config) -> nnx.Module:
-    return MODELS[config.model.kind](config.model, config.data.context, nnx.Rngs(0))
 
 
 def _mesh(c: MeshConfig) -> Mesh:

@@ -1,8 +1,7 @@
-"""Scores of a language model on a text."""
+"""Scores of a model on a text or on images: sums on the devices, batch by batch, and what is reported of them."""
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,66 +10,86 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from aether.losses import Loss
+from aether.config import Config
+from aether.data.tokenizers import Tokenizer
+from aether.evaluate.images import image_sums, summarise_images
+from aether.losses import loss_of
 from aether.parallel import to_global
 
 Scores = dict[str, float | int | None]
+Sums = dict[str, Any]
+Score = Callable[[Any, Iterable[dict[str, np.ndarray]]], Scores]
 
 
-def make_scorer(
-    graph: nnx.GraphDef, loss: Loss, token_bytes: np.ndarray, mesh: Mesh
-) -> Callable[[Any, Iterable[dict[str, np.ndarray]]], Scores]:
-    """Return score(params, batches) -> loss, perplexity, bits_per_byte, accuracy, tokens.
+def scorer_of(config: Config, tokenizer: Tokenizer | None, graph: nnx.GraphDef, mesh: Mesh) -> Score:
+    """Return score(variables, batches) -> what a resolved config's task reports.
 
-    `loss` is the mean negative log-likelihood in nats a token, `bits_per_byte` the summed nats / ln 2 / bytes of the
-    scored text (None where no byte is scored), `accuracy` the share of tokens whose likeliest guess is right.
+    Of language models: `loss`, the mean negative log-likelihood in nats a token, `perplexity`, `bits_per_byte`, the
+    summed nats / ln 2 / bytes of the scored text (None where no byte is scored), `accuracy`, the share of tokens whose
+    likeliest guess is right, `tokens`. Of masked ones the same over the masked tokens, without `bits_per_byte`. Of
+    classifiers: see `aether.evaluate.images`.
 
     Args:
+      config: resolved.
+      tokenizer: of texts.
       graph: of the model.
-      loss: of `aether.losses.LOSSES`, its options bound.
-      token_bytes: bytes of text for each id.
       mesh: where the parameters live.
     """
-    lengths = jnp.asarray(token_bytes, jnp.int32)
+    if config.model.task == "classify":
+        sums = summer(graph, image_sums(config), mesh)
+        return lambda variables, batches: summarise_images(sums(variables, batches))
+    loss = loss_of(config)
+    if config.model.task == "mlm":
+        sums = summer(graph, lambda model, batch: loss(model, batch, None)[1], mesh)
+        return lambda variables, batches: summarise(sums(variables, batches))
+    assert tokenizer is not None
+    lengths = jnp.asarray(tokenizer.token_bytes, jnp.int32)
 
-    @jax.jit
-    def sums(params: Any, lengths: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        _, found = loss(nnx.merge(graph, params), batch, None)
+    def with_bytes(model: nnx.Module, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        _, found = loss(model, batch, None)
         return found | {"bytes": jnp.sum(lengths[batch["tokens"][:, 1:]] * batch["mask"])}
 
-    def score(params: Any, batches: Iterable[dict[str, np.ndarray]]) -> Scores:
-        total = dict.fromkeys(("nll", "correct", "weight", "bytes"), 0.0)
+    sums = summer(graph, with_bytes, mesh)
+    return lambda variables, batches: summarise(sums(variables, batches))
+
+
+def summer(
+    graph: nnx.GraphDef, of_batch: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]], mesh: Mesh
+) -> Callable[[Any, Iterable[dict[str, np.ndarray]]], Sums]:
+    """Return sums(variables, batches): what `of_batch(model, batch)` returns, added up in float64; {} of no batch."""
+
+    @jax.jit
+    def one(variables: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return of_batch(nnx.merge(graph, variables), batch)
+
+    def sums(variables: Any, batches: Iterable[dict[str, np.ndarray]]) -> Sums:
+        total: Sums = {}
         last = None
         for batch in batches:
             with jax.set_mesh(mesh):
-                found = sums(params, lengths, to_global(batch, mesh))
+                found = one(variables, to_global(batch, mesh))
             if last is not None:
                 _add(total, last)  # one batch late, so that the device never waits for this host
             last = found
         if last is not None:
             _add(total, last)
-        return summarise(**total)
+        return total
 
-    return score
+    return sums
 
 
-def _add(total: dict[str, float], found: dict[str, jax.Array]) -> None:
+def _add(total: Sums, found: dict[str, jax.Array]) -> None:
     for name, value in jax.device_get(found).items():
-        total[name] += float(value)
+        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
 
 
-def summarise(nll: float, correct: float, weight: float, bytes: float) -> Scores:
+def summarise(sums: Sums) -> Scores:
     """Turn sums over the scored tokens into what is reported."""
+    nll, correct, weight = (float(sums.get(name, 0.0)) for name in ("nll", "correct", "weight"))
     mean = nll / max(weight, 1.0)
-    return dict(
-        loss=mean,
-        perplexity=math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.nan,
-        bits_per_byte=nll / math.log(2) / bytes if bytes else None,
-        accuracy=correct / max(weight, 1.0),
-        tokens=int(weight),
+    scores: Scores = dict(
+        loss=mean, perplexity=math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.nan, bits_per_byte=None
     )
-
-
-def bound_loss(loss: Loss, chunk: int, z_loss: float = 0.0) -> Loss:
-    """Bind a loss's options, so that what remains is loss(model, batch, key)."""
-    return partial(loss, chunk=chunk, z_loss=z_loss)
+    if "bytes" in sums:
+        scores["bits_per_byte"] = nll / math.log(2) / float(sums["bytes"]) if sums["bytes"] else None
+    return scores | dict(accuracy=correct / max(weight, 1.0), tokens=int(weight))

@@ -2,68 +2,109 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from aether.data.loader import load_corpus, load_validation, window_batches
-from aether.data.pack import Windows
+from aether.data.corpus import Corpus, load_validation, masked_view, open_corpus
+from aether.data.images.load import load_validation as load_images
+from aether.data.loader import Examples, evaluation_batches
 from aether.errors import InputError
+from aether.evaluate.images import Guesses, image_sums, summarise_images
 from aether.evaluate.load import Run, load_run
-from aether.evaluate.metrics import bound_loss, make_scorer
-from aether.losses import LOSSES
+from aether.evaluate.metrics import scorer_of, summer
+from aether.evaluate.pictures import draw_confusion, draw_mistakes
 from aether.workdir import Workdir
 
 
-def evaluate_run(workdir: str, *, step: int | None = None, data: str | None = None, batches: int = 0) -> dict[str, Any]:
-    """Score a checkpoint (the last by default) on a text; return step, data and the scores of `make_scorer`.
+def evaluate_run(
+    workdir: str, *, step: int | None = None, data: str | None = None, batches: int = 0, pictures: str | None = None
+) -> dict[str, Any]:
+    """Score a checkpoint (the last by default); return step, data and the scores of `scorer_of`.
+
+    Of a classifier also draw which classes it confuses and what it takes for something else most confidently;
+    "pictures" says where.
 
     Args:
       workdir: of the run.
       step: of the checkpoint.
       data: a path as in `data.path`, or the name of one of the run's validation sets; by default the first of them.
-      batches: how many, spread evenly over the text; 0 for all of it.
+      batches: how many, spread evenly over the set; 0 for all of it.
+      pictures: folder of a classifier's pictures; by default evaluation/NAME-STEP in the run's.
 
     Raises:
-      InputError: no such run, checkpoint or text.
+      InputError: no such run, checkpoint or data, or pictures are asked of a language model.
     """
     run = load_run(workdir, step)
-    name, windows = _text(run, data)
+    if pictures and run.labels is None:
+        raise InputError(f"--pictures is {pictures!r}, but {run.config.model.kind} reads text; leave it out.")
+    name, examples = _examples(run, data)
     config = dataclasses.replace(run.config.data, batch_size=_rows(run))
-    loss = bound_loss(LOSSES["lm"], run.config.train.loss_chunk)
-    score = make_scorer(run.graph, loss, run.tokenizer.token_bytes, run.mesh)
-    total = -(-len(windows) // config.batch_size)
+    total = -(-len(examples) // config.batch_size)
     shown = tqdm(
-        window_batches(windows, config, batches),
+        evaluation_batches(examples, config, batches),
         total=min(batches or total, total),
         desc=name,
         unit="batch",
         file=sys.stderr,
         disable=not sys.stderr.isatty() or jax.process_index() > 0,
     )
-    return {"step": run.step, "data": name, **score(run.params, shown)}
+    known = {"step": run.step, "data": name}
+    if run.labels is None:
+        return known | scorer_of(run.config, run.tokenizer, run.graph, run.mesh)(run.params, shown)
+    return known | _classify(run, name, shown, pictures)
 
 
-def _text(run: Run, data: str | None) -> tuple[str, Windows]:
+def _classify(run: Run, name: str, batches: Iterable[dict[str, Any]], folder: str | None) -> dict[str, Any]:
+    """Score a classifier and draw its pictures."""
+    assert run.labels is not None
+    guesses = Guesses(run.config, run.graph, run.mesh)
+    sums = summer(run.graph, image_sums(run.config), run.mesh)(run.params, guesses.watched(run.params, batches))
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    home = Workdir(folder or run.workdir, primary=False)
+    place = "" if folder else f"evaluation/{stem}-{run.step}/"
+    scores = summarise_images(sums)
+    drawn = {"confusion.png": draw_confusion(sums["confusion"], run.labels.names)}
+    drawn["mistakes.png"] = draw_mistakes(guesses.worst, run.labels.names, round(sums["weight"]))
+    return scores | {"pictures": [home.leave(place + file, content) for file, content in drawn.items()]}
+
+
+def _examples(run: Run, data: str | None) -> tuple[str, Examples]:
     c = run.config.data
     named = c.validation or ({} if c.mixture or not c.validation_fraction else {"validation": ""})
     if data and data not in named:
-        return data, load_validation(data, c, run.tokenizer)
+        return data, _other(run, data)
     if c.validation:
         name = data or next(iter(c.validation))
-        return name, load_validation(c.validation[name], c, run.tokenizer)
-    corpus = load_corpus(c)
+        return name, _other(run, c.validation[name])
+    corpus = _same_corpus(run)
+    if not corpus.validation:
+        raise InputError(f"The run in {run.workdir} has no validation data; give some by --data.")
+    name = data or next(iter(corpus.validation))
+    return name, corpus.validation[name]
+
+
+def _other(run: Run, path: str) -> Examples:
+    """Open data that are not the run's own."""
+    if run.labels is not None:
+        return load_images(path, run.config.data, run.config.image, run.labels)
+    assert run.tokenizer is not None
+    windows = load_validation(path, run.config.data, run.tokenizer)
+    return masked_view(windows, run.config.data.mask_rate, run.tokenizer) if run.config.model.task == "mlm" else windows
+
+
+def _same_corpus(run: Run) -> Corpus:
+    """Open the run's own data, which must be those that it began with."""
+    corpus = open_corpus(run.config)
     began = Workdir(run.workdir, primary=False).read_json("config.json")["data_fingerprint"]
     if corpus.fingerprint != began:
         raise InputError(
-            f"The texts of data.path have changed since the run in {run.workdir} began (fingerprint {began[:8]} then, "
-            f"{corpus.fingerprint[:8]} now); restore them, or name a text by --data."
+            f"The data of data.path have changed since the run in {run.workdir} began (fingerprint {began[:8]} then, "
+            f"{corpus.fingerprint[:8]} now); restore them, or name others by --data."
         )
-    if not corpus.validation:
-        raise InputError(f"The run in {run.workdir} has no validation text; give one by --data.")
-    name = data or next(iter(corpus.validation))
-    return name, corpus.validation[name]
+    return corpus
 
 
 def _rows(run: Run) -> int:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from aether.config import ModelConfig
-from aether.models.gpt import _dropout, remat
+from aether.models.block import dropout, remat
 from aether.nn import BatchNorm, Conv, Linear, YatConv2D, YatNMN
 from aether.nn.param import stack
 from aether.parallel import ROWS, constrain, fetched
@@ -207,4 +207,4 @@ class ResNet(nnx.Module):
                 x = stage(x, train)
         with jax.named_scope("head"):
             x = jnp.mean(_laid_out(x), (1, 2))
-            return self.head(_dropout(x, c.dropout, key)).astype(jnp.float32)
+            return self.head(dropout(x, c.dropout, key)).astype(jnp.float32)

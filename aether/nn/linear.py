@@ -19,7 +19,7 @@ class Linear(nnx.Module):
       out_features: width of y.
       std: standard deviation of the initial kernel; 1/√in_features by default.
       use_bias: add a bias, 0 at first.
-      axes: logical names of the kernel's two axes.
+      axes: logical names of the kernel's two axes; None for one that no mesh axis splits.
       dtype: compute dtype; the product accumulates in float32.
       rngs: source of the initial kernel.
     """
@@ -31,7 +31,7 @@ class Linear(nnx.Module):
         *,
         std: float | None = None,
         use_bias: bool = True,
-        axes: tuple[str, str] = ("embed", "mlp"),
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):

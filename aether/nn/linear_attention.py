@@ -42,7 +42,8 @@ class YatLinearAttention(nnx.Module):
       tail_probability: of "taylor"; 0 cuts the kernel at degree 2. Above 0 the features are unbiased over draws, but
         the heads that draw the tail are lost.
       rope_theta: base of the rotary wavelengths; None for no rotation.
-      std: standard deviation of the four initial kernels; 1/√in_features by default.
+      std: standard deviation of the initial kernels of query, key and value; 1/√in_features by default.
+      out_std: of the output's initial kernel; the same by default.
       use_bias: biases in the four linear maps.
       block: positions whose features exist at a time (causal, without segments).
       chunk: positions that are multiplied out at a time.
@@ -66,6 +67,7 @@ class YatLinearAttention(nnx.Module):
         tail_probability: float = 0.0,
         rope_theta: float | None = None,
         std: float | None = None,
+        out_std: float | None = None,
         use_bias: bool = True,
         block: int = 1024,
         chunk: int = 128,
@@ -93,13 +95,12 @@ class YatLinearAttention(nnx.Module):
         shape = (num_heads, num_features - 1 - width, width)
         anchored = features == "anchored"
         self.anchors = normal(rngs.params(), shape, width**-0.5, ("heads", None, None)) if anchored else None
-        std = in_features**-0.5 if std is None else std
 
-        def linear(axes: tuple[str, str]) -> Linear:
+        def linear(std: float | None, axes: tuple[str, str]) -> Linear:
             return Linear(in_features, in_features, std=std, use_bias=use_bias, axes=axes, dtype=dtype, rngs=rngs)
 
-        self.query, self.key, self.value = (linear(("embed", "heads")) for _ in range(3))
-        self.out = linear(("heads", "embed"))
+        self.query, self.key, self.value = (linear(std, ("embed", "heads")) for _ in range(3))
+        self.out = linear(std if out_std is None else out_std, ("heads", "embed"))
         self.num_heads, self.num_features, self.width = num_heads, num_features, width
         self.rope_theta, self.feature_seed, self.dtype = rope_theta, feature_seed, compute_dtype(dtype)
         self.block, self.chunk = block, chunk

@@ -159,7 +159,7 @@ class YatNMN(YatUnit, Prototypes):
         *,
         spherical: bool = False,
         distance: str = "expanded",
-        axes: tuple[str, str] = ("embed", "mlp"),
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
         dtype: str = "float32",
         rngs: nnx.Rngs,
         **options: Unpack[LayerOptions],

@@ -9,11 +9,10 @@ from jax.sharding import Mesh
 
 from aether import parallel
 from aether.chips import Topology
-from aether.config import Config
+from aether.config import Config, Pictures
 from aether.data.tokenizers import load_tokenizer
 from aether.errors import InputError
-from aether.evaluate.metrics import bound_loss
-from aether.losses import LOSSES
+from aether.losses import loss_of
 from aether.plan.collectives import Collective, collectives
 from aether.plan.counts import Counts, count
 from aether.plan.layout import Layout
@@ -21,7 +20,7 @@ from aether.plan.machine import devices_of
 from aether.plan.memory import Memory, measured, refused
 from aether.plan.read import parse
 from aether.plan.roofline import Roofline, roofline
-from aether.train.flops import flops_per_token
+from aether.train.flops import flops_per_step
 from aether.train.setup import batch_shapes, compile_step, describe_state
 
 GPT2_IDS = 50257
@@ -44,20 +43,15 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def tokens(self) -> int:
-        """Return the tokens of a step, over all devices."""
-        return self.config.data.batch_size * self.config.data.context
-
-    @property
-    def tokens_per_second_bound(self) -> float | None:
-        """Return the rate over all devices that no step can exceed."""
-        return self.tokens / self.roofline.bound if self.roofline and self.roofline.bound else None
+    def rate_bound(self) -> float | None:
+        """Return the tokens or images a second over all devices that no step can exceed."""
+        return self.config.per_step / self.roofline.bound if self.roofline and self.roofline.bound else None
 
     @property
     def mfu_bound(self) -> float | None:
         """Return the share of peak FLOP/s at that rate, by the model's FLOPs."""
-        rate = self.tokens_per_second_bound
-        return rate * self.model_flops / (self.topology.chip.peak * self.topology.chips) if rate else None
+        bound = self.roofline.bound if self.roofline else None
+        return self.model_flops / bound / (self.topology.chip.peak * self.topology.chips) if bound else None
 
 
 def vocabulary(config: Config, given: int = 0) -> int:
@@ -79,6 +73,23 @@ def vocabulary(config: Config, given: int = 0) -> int:
     )
 
 
+def resolved(config: Config, given: int = 0) -> Config:
+    """Decide what a config leaves to data that are not here; `given` as in `vocabulary`, or the classes of images.
+
+    Raises:
+      InputError: the config does not say enough.
+    """
+    if config.unit == "tokens":
+        return config.resolved(vocabulary(config, given))
+    image, classes = config.image, given or config.model.classes
+    if not (image.size and classes):
+        raise InputError(
+            f"image.size is {image.size} and model.classes {classes}; a plan for images needs both, as in "
+            "--config.image.size=224 --config.model.classes=1000."
+        )
+    return config.resolved(0, Pictures(classes, image.size, image.channels or 3, image.mean or 0.5, image.std or 0.25))
+
+
 def make_plan(config: Config, topology: Topology, devices: list[Any] | None = None) -> Plan:
     """Compile the training step of a resolved config for `topology` and read the program.
 
@@ -87,12 +98,10 @@ def make_plan(config: Config, topology: Topology, devices: list[Any] | None = No
     """
     mesh = parallel.make_mesh(config.mesh, devices_of(topology) if devices is None else devices)
     parallel.check(config, mesh)
-    loss = bound_loss(LOSSES["lm"], config.train.loss_chunk, config.train.z_loss)
+    loss = loss_of(config)
     graph, _, like = describe_state(config, mesh)
     sizes = {axis: mesh.shape[axis] for axis in mesh.axis_names}
-    common: dict[str, Any] = dict(
-        config=config, topology=topology, mesh=sizes, model_flops=flops_per_token(config, like.params)
-    )
+    common: dict[str, Any] = dict(config=config, topology=topology, mesh=sizes, model_flops=flops_per_step(config))
     begin = time.perf_counter()
     try:
         compiled = compile_step(config, graph, loss, like, mesh)

@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
+from aether.config import Config
 from aether.plan.collectives import Collective
 from aether.plan.measure import Plan
 from aether.plan.search import Search
@@ -25,17 +26,16 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hbm_traffic": counts.hbm_bytes if counts else None,
         "collectives": [collective_json(x) for x in plan.collectives],
         "mfu_bound": plan.mfu_bound,
-        "tokens_per_second_bound": plan.tokens_per_second_bound,
+        f"{c.unit}_per_second_bound": plan.rate_bound,
         "compile_seconds": plan.compile_seconds,
         "topology": str(plan.topology),
         "chips": plan.topology.chips,
         "devices_per_chip": plan.topology.chip.devices,
         "mesh": plan.mesh,
         "batch_size": c.data.batch_size,
-        "context": c.data.context,
-        "vocab": c.model.vocab,
+        **(dict(context=c.data.context, vocab=c.model.vocab) if c.unit == "tokens" else dict(image_size=c.image.size)),
         "remat": c.model.remat,
-        "model_flops_per_token": plan.model_flops,
+        f"model_flops_per_{c.unit[:-1]}": plan.model_flops // c.per_step,
         "roofline_seconds": asdict(times) | {"bound": times.bound, "serial": times.serial} if times else None,
         "limited_by": times.limited_by if times else None,
         "warnings": plan.warnings,
@@ -52,9 +52,8 @@ def to_text(plan: Plan) -> str:
     c, t, chip = plan.config, plan.topology, plan.topology.chip
     mesh = " x ".join(f"{k} {v}" for k, v in plan.mesh.items() if v > 1) or "one device"
     lines = [
-        f"{c.model.kind} {c.model.size}, {c.model.layers} layers, vocabulary {c.model.vocab}, remat {c.model.remat}",
-        f"{t}, {t.chips} chips; mesh {mesh}; batch {c.data.batch_size} x {c.data.context} tokens; "
-        f"compiled in {plan.compile_seconds:.1f} s",
+        f"{c.model.kind} {c.model.size}, {_shape(c)}, remat {c.model.remat}",
+        f"{t}, {t.chips} chips; mesh {mesh}; batch {_batch(c)}; compiled in {plan.compile_seconds:.1f} s",
         "",
         f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {size(plan.memory.total)} of {size(chip.usable)} a device",
     ]
@@ -65,6 +64,18 @@ def to_text(plan: Plan) -> str:
         lines += ["", *_times(plan), "", *_collectives(plan.collectives)]
     notes = [textwrap.fill(f"note: {w}", WIDTH, subsequent_indent="  ", break_on_hyphens=False) for w in plan.warnings]
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _shape(c: Config) -> str:
+    if c.unit == "tokens":
+        return f"{c.model.layers} layers, vocabulary {c.model.vocab}"
+    depth = f"{c.model.layers} layers" if c.model.layers else f"stages {c.model.stages}"
+    return f"{depth}, {c.model.classes} classes"
+
+
+def _batch(c: Config) -> str:
+    size = f"{c.data.context} tokens" if c.unit == "tokens" else f"{c.image.size} x {c.image.size} pixels"
+    return f"{c.data.batch_size} x {size}"
 
 
 def _times(plan: Plan) -> list[str]:
@@ -88,11 +99,11 @@ def _times(plan: Plan) -> list[str]:
     if counts.cycles is not None:
         clock = f"{1e3 * times.cycles:>10.2f} ms" if times.cycles is not None else f"{'':>13}"
         lines.append(f"  {'cycles':<12}{clock}   {counts.cycles:,} by the compiler's estimate, without collectives")
-    rate, mfu = plan.tokens_per_second_bound, plan.mfu_bound
+    rate, mfu, unit = plan.rate_bound, plan.mfu_bound, plan.config.unit
     if rate and mfu is not None:
-        serial = plan.tokens / times.serial
+        serial = plan.config.per_step / times.serial
         lines.append(
-            f"At most {rate:,.0f} tokens/s, MFU {mfu:.1%}; {serial:,.0f} tokens/s, MFU {mfu * serial / rate:.1%} "
+            f"At most {rate:,.0f} {unit}/s, MFU {mfu:.1%}; {serial:,.0f} {unit}/s, MFU {mfu * serial / rate:.1%} "
             "with nothing hidden"
         )
     return lines
@@ -132,7 +143,7 @@ def search_text(found: Search) -> str:
         m = p.mesh
         lines.append(
             f"  {p.config.data.batch_size:>7} {p.config.model.remat:<8}{m['data']:>5}{m['fsdp']:>5}{m['tensor']:>7}"
-            f"{size(p.memory.total):>12}{p.tokens_per_second_bound:>14,.0f}{p.mfu_bound:>7.1%}  "
+            f"{size(p.memory.total):>12}{p.rate_bound:>14,.0f}{p.mfu_bound:>7.1%}  "
             f"{p.roofline.limited_by if p.roofline else ''}"
         )
     if len(lines) == 1:

@@ -33,13 +33,13 @@ def weak_scaling(config: Config, targets: Iterable[Topology], say: Callable[[Pla
 def row(plan: Plan) -> dict[str, Any]:
     """Return a plan's line of the table, bytes and seconds a device."""
     sent = {link: sum(c.bytes for c in plan.collectives if c.link == link) for link in ("ici", "dcn")}
-    times, rate = plan.roofline, plan.tokens_per_second_bound
+    times, rate = plan.roofline, plan.rate_bound
     return {
         "chips": plan.topology.chips,
         "topology": str(plan.topology),
         "mesh": plan.mesh,
         "batch_size": plan.config.data.batch_size,
-        "tokens_per_chip": plan.tokens / plan.topology.chips,
+        "tokens_per_chip": plan.config.per_step / plan.topology.chips,
         "fits": plan.fits,
         "hbm_bytes": plan.memory.total,
         "ici_bytes": sent["ici"],

@@ -56,8 +56,8 @@ class Search:
     def frontier(self) -> list[Plan]:
         """Return the plans that fit and that no other beats in both rate and memory, the fastest first."""
         ranked = sorted(
-            (p for p in self.plans if p.fits and p.tokens_per_second_bound),
-            key=lambda p: (-(p.tokens_per_second_bound or 0), p.memory.total),
+            (p for p in self.plans if p.fits and p.rate_bound),
+            key=lambda p: (-(p.rate_bound or 0), p.memory.total),
         )
         kept: list[Plan] = []
         for plan in ranked:

@@ -17,8 +17,8 @@ TRAIN = "#2f6fde"
 SETS = ("#e4572e", "#17a673", "#9b51e0", "#d49a00", "#c2185b")
 
 
-def draw(curves: Mapping[str, Curve], title: str, tokens_per_step: int = 0) -> bytes:
-    """Return a PNG (1600 x 1000): losses above, learning rate below, over steps, with tokens on top if known."""
+def draw(curves: Mapping[str, Curve], title: str, per_step: int = 0, unit: str = "tokens") -> bytes:
+    """Return a PNG (1600 x 1000): losses above, learning rate below, over steps, what was seen on top if known."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,18 +37,18 @@ def draw(curves: Mapping[str, Curve], title: str, tokens_per_step: int = 0) -> b
     lower.locator_params(axis="y", nbins=3)
     lower.set_ylabel("learning rate", fontsize=12, color=INK)
     lower.set_xlabel("step", fontsize=13, color=INK)
-    upper.set_ylabel("loss (nats per token)", fontsize=13, color=INK)
+    upper.set_ylabel(f"loss (nats per {unit.removesuffix('s')})", fontsize=13, color=INK)
     upper.set_title(title, fontsize=17, fontweight="bold", color=INK, loc="left", pad=10)
     last = max(curve.steps[-1] for curve in curves.values())
     lower.set_xlim(0, last * 1.02)
     lower.locator_params(axis="x", integer=True)
     lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    if tokens_per_step:
-        tokens = upper.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
-        tokens.xaxis.set_major_formatter(lambda value, _: f"{short(value)} tokens" if value else "")
-        tokens.locator_params(axis="x", nbins=5)
-        tokens.tick_params(labelsize=11, labelcolor=MUTED, color=MUTED, length=4)
-        tokens.spines["top"].set_visible(False)
+    if per_step:
+        seen = upper.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
+        seen.xaxis.set_major_formatter(lambda value, _: f"{short(value)} {unit}" if value else "")
+        seen.locator_params(axis="x", nbins=5)
+        seen.tick_params(labelsize=11, labelcolor=MUTED, color=MUTED, length=4)
+        seen.spines["top"].set_visible(False)
     figure.align_ylabels()
     buffer = io.BytesIO()
     with warnings.catch_warnings():

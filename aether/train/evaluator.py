@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from aether.data.loader import validation_batches
+from aether.data.loader import evaluation_batches
+from aether.generate.decode import Decoder
 from aether.generate.text import text_stream
 from aether.parallel import local_rows
 from aether.train.meter import divides
@@ -35,24 +36,24 @@ class Evaluator:
         if not self.due(step):
             return None
         c, run = self.run.config, self.run
-        params = state.params if state.ema is None else state.ema
         losses = []
         for name in [n for n in run.corpus.validation if not self.reporter.has(step, n)]:
             rows = local_rows(run.mesh, c.data.batch_size).tolist()
-            batches = validation_batches(run.corpus, c.data, name, c.train.eval_batches, rows)
-            scores = self.run.score(params, takewhile(self.stop.every_few(), batches))
+            batches = evaluation_batches(run.corpus.validation[name], c.data, c.train.eval_batches, rows)
+            scores = self.run.score(state.variables, takewhile(self.stop.every_few(), batches))
             if self.stop():
                 return None
             losses.append(scores["loss"])
             self.reporter.validation(step, name, scores)
-        if c.train.sample_tokens:
-            self.reporter.sample(step, self.sample(params))
+        if c.train.sample_tokens and run.decoder is not None:
+            self.reporter.sample(step, self.sample(run.decoder, state.variables))
         self.reporter.curves()
         return losses[0]
 
-    def sample(self, params: Any) -> str:
+    def sample(self, decoder: Decoder, params: Any) -> str:
         """Return `train.sample_prompt` and what the model writes after it."""
         c, tokenizer = self.run.config.train, self.run.corpus.tokenizer
+        assert tokenizer is not None
         settings = dict(temperature=0.8, seed=c.seed)
-        pieces = text_stream(self.run.decoder, params, tokenizer, c.sample_prompt, c.sample_tokens, **settings)
+        pieces = text_stream(decoder, params, tokenizer, c.sample_prompt, c.sample_tokens, **settings)
         return c.sample_prompt + "".join(takewhile(self.stop.every_few(), pieces))

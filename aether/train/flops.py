@@ -1,12 +1,17 @@
 """Model FLOPs utilisation."""
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from aether.chips import chip_of
 from aether.config import Config
+from aether.models import describe_model
 
 
 def matrix_parameters(params: Any) -> int:
@@ -16,10 +21,43 @@ def matrix_parameters(params: Any) -> int:
     return sum(v.size for path, v in flat.items() if path[-1] == "kernel" or (tied and path == ("embed", "embedding")))
 
 
-def flops_per_token(config: Config, params: Any) -> int:
-    """Return 6 · (matrix parameters) + 12 · layers · width · context, forward and backward, for either model."""
+def flops_per_step(config: Config) -> int:
+    """Return the FLOPs of a resolved config's step, forward and backward, without what rematerialisation repeats.
+
+    Of a transformer of text, a token: 6 · (matrix parameters) + 12 · layers · width · context (Chowdhery et al., 2022).
+    Of images: three times the products and convolutions of a forward pass as it is traced.
+    """
     m = config.model
-    return 6 * matrix_parameters(params) + 12 * m.layers * m.width * config.data.context
+    if config.unit == "tokens":
+        _, params, _ = describe_model(config)
+        per_token = 6 * matrix_parameters(params) + 12 * m.layers * m.width * config.data.context
+        return per_token * config.per_step
+    image, whole = config.image, dataclasses.replace(m, attention_impl="plain")  # kernels say nothing of their products
+    graph, params, extras = describe_model(dataclasses.replace(config, model=whole))
+    shape = jax.ShapeDtypeStruct((1, image.size, image.size, image.channels), jnp.float32)
+    traced = jax.make_jaxpr(lambda p, e, x: nnx.merge(graph, p, e)(x))(params, extras, shape)
+    return 3 * config.per_step * product_flops(traced.jaxpr)
+
+
+def product_flops(jaxpr: Jaxpr) -> int:
+    """Return the FLOPs of the products and convolutions of a jaxpr; the body of a loop counts as often as it runs."""
+    total = 0
+    for e in jaxpr.eqns:
+        inner = sum(product_flops(j) for j in jaxprs_in_params(e.params))
+        total += inner * e.params.get("length", 1)
+        if e.primitive.name == "dot_general":
+            (contracted, _), _ = e.params["dimension_numbers"]
+            left = _shape(e.invars[0])
+            total += 2 * math.prod(_shape(e.outvars[0])) * math.prod(left[k] for k in contracted)
+        elif e.primitive.name == "conv_general_dilated":
+            kernel, out = _shape(e.invars[1]), _shape(e.outvars[0])
+            features = kernel[e.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(out) * math.prod(kernel) // features
+    return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

@@ -5,7 +5,7 @@ import sys
 import jax
 
 from aether.config import Config
-from aether.data.loader import Corpus
+from aether.data.corpus import Corpus
 from aether.errors import AetherError
 from aether.train.activity import Activity
 from aether.train.ledger import GOODPUT, Ledger, line, read

@@ -89,7 +89,7 @@ def _advance(run: Run, stop: Stop) -> None:
             with run.guard.activity("evaluation"):
                 evaluate(step, state)  # what a signal left out
         rows = parallel.local_rows(run.mesh, c.data.batch_size).tolist()
-        read = partial(train_batches, run.corpus, c.data, c.train.seed, rows=rows)
+        read = partial(train_batches, run.corpus.train, c.data, c.train.seed, rows=rows)
         batches = run.left_out.batches(read, step)
         stack.callback(batches.close)
 
@@ -131,6 +131,8 @@ def reporter_of(run: Run) -> Reporter:
         start_step=start,
         name=run.workdir.path.rstrip("/").rsplit("/", 1)[-1],
         config=c.to_json(),
+        unit=c.unit,
+        per_step=c.per_step,
         primary=run.workdir.primary,
         wandb=c.train.wandb,
         parameters=sum(p.size for p in jax.tree.leaves(run.state.params)),

@@ -9,7 +9,7 @@ import jax
 from aether.data.loader import batch_ids
 from aether.errors import CheckError
 from aether.train.activity import WAIT
-from aether.train.flops import flops_per_token, peak_flops
+from aether.train.flops import flops_per_step, peak_flops
 from aether.train.report import Reporter
 from aether.train.setup import Run
 from aether.train.signals import Stop
@@ -25,14 +25,14 @@ def divides(every: int, step: int) -> bool:
 class Meter:
     """Turns the metrics of steps into lines, on accelerators one step late so that they never wait for the host.
 
-    Adds `tokens_per_second`, `mfu` and `data_wait` (share of the time) over the steps since the line before; pauses for
-    evaluations and saves do not count.
+    Adds `tokens_per_second` or `images_per_second`, `mfu` and `data_wait` (share of the time) over the steps since the
+    line before; pauses for evaluations and saves do not count.
     """
 
     def __init__(self, run: Run, reporter: Reporter, stop: Stop):
         self.run, self.reporter, self.stop = run, reporter, stop
         peak = peak_flops(list(run.mesh.devices.flat))
-        self.flops_share = flops_per_token(run.config, run.state.params) / peak if peak else None
+        self.flops_share = flops_per_step(run.config) / run.config.per_step / peak if peak else None
         self.late: tuple[int, dict[str, jax.Array]] | None = None
         # On a CPU a step may be done when its call returns: reading late would date it to the step after.
         self.at_once = run.mesh.devices.flat[0].platform == "cpu"
@@ -76,9 +76,9 @@ class Meter:
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         seconds = time.perf_counter() - self.clock
-        rate = self.steps * self.run.config.data.batch_size * self.run.config.data.context / seconds
+        rate = self.steps * self.run.config.per_step / seconds
         mfu = None if self.flops_share is None else rate * self.flops_share
-        rates = dict(tokens_per_second=rate, mfu=mfu, data_wait=self.waited / seconds)
+        rates = {f"{self.run.config.unit}_per_second": rate, "mfu": mfu, "data_wait": self.waited / seconds}
         self.reporter.train(step, metrics | rates)
         self.begin()
 
@@ -110,11 +110,13 @@ class Meter:
         c, batch = self.run.config, self.run.left_out.batch
         self.reporter.flush()
         steps = range(step - in_a_row, step)
-        ids = [f"step {s + 1}: {named(batch_ids(self.run.corpus, c.data, c.train.seed, batch(s)))}" for s in steps]
+        ids = [
+            f"step {s + 1}: {named(batch_ids(self.run.corpus.train, c.data, c.train.seed, batch(s)))}" for s in steps
+        ]
         what = "were not finite or spikes" if c.faults.spike_sigma else "were not finite"
         raise CheckError(
             f"{in_a_row} steps in a row {what} (train.max_skipped is {c.train.max_skipped}); lower "
-            f"optim.learning_rate or look at these batches (text:sequence): {'; '.join(ids)}."
+            f"optim.learning_rate or look at these batches (set:example): {'; '.join(ids)}."
         )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 from aether.config import Config
-from aether.data.loader import Corpus, batch_ids
+from aether.data.corpus import Corpus
+from aether.data.loader import batch_ids
 from aether.train.activity import Activity
 from aether.workdir import Workdir
 
-NAMED = 20_000  # sequences that a dump names at most, those of the newest steps
+NAMED = 20_000  # examples that a dump names at most, those of the newest steps
 
 
 class Recorder:
@@ -25,7 +26,7 @@ class Recorder:
 
     Args:
       config: resolved.
-      corpus: names the sequences of a batch.
+      corpus: names the examples of a batch.
       workdir: takes `flight/process-K-STEP-REASON.jsonl`.
       activity: what this process is doing.
     """
@@ -62,7 +63,7 @@ class Recorder:
             line: dict[str, Any] = dict(step=step, batch=batch, seconds=round(seconds, 6), data_wait=round(waited, 6))
             line |= {name: value if abs(value) < float("inf") else str(value) for name, value in metrics.items()}
             if len(steps) - k <= named:
-                line["ids"] = batch_ids(self._corpus, c.data, c.train.seed, batch)
+                line["ids"] = batch_ids(self._corpus.train, c.data, c.train.seed, batch)
             lines.append(line)
         return lines
 

@@ -21,7 +21,7 @@ from aether.workdir import Workdir
 
 TERMINAL_SECONDS = 0.1  # between redraws of the bar
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
-PROGRESS = ("loss", "learning_rate", "tokens_per_second", "mfu")
+PROGRESS = ("loss", "learning_rate", "tokens_per_second", "images_per_second", "mfu")
 
 
 class Reporter:
@@ -35,6 +35,8 @@ class Reporter:
       wandb: the W&B project, or "".
       name: the run's name, in the title of the curves and in W&B.
       config: the resolved config.
+      unit: what a run counts, tokens or images.
+      per_step: how many of them a step takes (0: unknown).
       parameters: the model's number of parameters, for the title (0: unknown).
       stream: where text goes (default: stderr).
     """
@@ -48,22 +50,23 @@ class Reporter:
         name: str,
         config: dict[str, Any],
         primary: bool = True,
+        unit: str = "tokens",
+        per_step: int = 0,
         wandb: str = "",
         parameters: int = 0,
         stream: TextIO | None = None,
     ) -> None:
         check_wandb(wandb)
-        data = config.get("data", {})
         self.name, self.parameters = name, parameters
         self._workdir, self._primary = workdir, primary
-        self._tokens_per_step = data.get("batch_size", 0) * data.get("context", 0)
+        self._unit, self._per_step = unit, per_step
         self._metrics = Metrics(workdir.file(METRICS) if primary else None, start_step=start_step, write=True)
         self._told: set[tuple[int, str]] = set()
         self._pending: dict[str, Curve] | None = None
         self._undrawn = self._closed = False
         if not primary:
             return
-        self._console = Console(stream or sys.stderr, total_steps, self._tokens_per_step)
+        self._console = Console(stream or sys.stderr, total_steps, per_step)
         self._board = TensorBoard(workdir.local / "tensorboard", start_step)
         self._wandb: WandB | None = None
         if wandb:
@@ -96,13 +99,13 @@ class Reporter:
         self._told |= {(step, split) for split in splits}
 
     def train(self, step: int, metrics: Values) -> None:
-        """Record the batch that made update `step`; the progress line shows loss, learning rate, tokens/s and MFU."""
+        """Record the batch that made update `step`; the progress line shows loss, learning rate, rate and MFU."""
         self._record(step, "train", metrics)
         if self._primary:
             self._console.progress(step, metrics)
 
     def validation(self, step: int, name: str, metrics: Values) -> None:
-        """Record a validation set after `step` updates: loss, perplexity, bits_per_byte, accuracy, tokens."""
+        """Record the scores of a validation set after `step` updates."""
         self._record(step, name, metrics)
         self.say(f"step {step}  {name}: {_describe(metrics)}")
 
@@ -163,14 +166,14 @@ class Reporter:
         curves, self._pending = self._pending, None
         if curves is not None:
             title = self.name + (f"  ·  {short(self.parameters)} parameters" if self.parameters else "")
-            write_atomic(self._workdir.file(CURVES), draw(curves, title, self._tokens_per_step))
+            write_atomic(self._workdir.file(CURVES), draw(curves, title, self._per_step, self._unit))
 
 
 class Console:
     """Lines and progress on a stream: a bar on a terminal, else a line every ten seconds."""
 
-    def __init__(self, stream: TextIO, total: int, tokens_per_step: int) -> None:
-        self._stream, self._total, self._tokens = stream, total, tokens_per_step
+    def __init__(self, stream: TextIO, total: int, per_step: int) -> None:
+        self._stream, self._total, self._per_step = stream, total, per_step
         self._terminal = stream.isatty()
         self._bar: Any = None
         self._first: tuple[int, float] | None = None
@@ -211,12 +214,12 @@ class Console:
         self._bar.refresh()
 
     def _remaining(self, step: int, now: float, values: Values) -> str:
-        """Estimate by the pace since the first step shown, or at that step by its tokens a second."""
+        """Estimate by the pace since the first step shown, or at that step by its rate."""
         assert self._first is not None
         done, seconds = step - self._first[0], now - self._first[1]
-        speed = values.get("tokens_per_second")
-        if not done and speed and self._tokens:
-            done, seconds = 1, self._tokens / speed
+        rate = values.get("tokens_per_second") or values.get("images_per_second")
+        if not done and rate and self._per_step:
+            done, seconds = 1, self._per_step / rate
         if not done:
             return "0:00:00" if step >= self._total else "?"
         return str(datetime.timedelta(seconds=round((self._total - step) * seconds / done)))
@@ -243,8 +246,11 @@ def _describe(values: Values) -> str:
         "perplexity": lambda v: f"perplexity {v:.2f}" if v < 1e4 else f"perplexity {v:.3g}",
         "bits_per_byte": lambda v: f"bits/byte {v:.4f}",
         "accuracy": lambda v: f"accuracy {v:.2%}",
+        "top5": lambda v: f"top-5 {v:.2%}",
+        "calibration_error": lambda v: f"calibration error {v:.2%}",
         "learning_rate": lambda v: f"lr {v:.2e}",
         "tokens_per_second": lambda v: f"{short(v)} tokens/s",
+        "images_per_second": lambda v: f"{short(v)} images/s",
         "mfu": lambda v: f"MFU {v:.1%}",
     }
     shown = ((shape, values.get(name)) for name, shape in shapes.items())

@@ -18,13 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from aether import parallel
 from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, Config, build, differences
-from aether.data.loader import Corpus, load_corpus
-from aether.data.tokenizers import restore_tokenizer, save_tokenizer
+from aether.data.corpus import TOKENIZER, Corpus, open_corpus
+from aether.data.tokenizers import Tokenizer, restore_tokenizer
 from aether.errors import InputError
-from aether.evaluate.metrics import Scores, bound_loss, make_scorer
+from aether.evaluate.metrics import Scores, scorer_of
 from aether.generate.decode import Decoder
-from aether.losses import LOSSES, Loss
-from aether.models import MODELS
+from aether.losses import Loss, loss_of
+from aether.models import describe_model, make_model
 from aether.train import agree
 from aether.train.activity import Activity
 from aether.train.guard import Guard
@@ -74,8 +74,8 @@ class Run:
       start: the updates made already.
       left_out: which batches are.
       step: the compiled (state, batch) -> (state, metrics).
-      score: see `make_scorer`.
-      decoder: writes samples.
+      score: see `aether.evaluate.metrics.scorer_of`.
+      decoder: writes samples of a language model; None for other tasks.
       guard: watches this process.
     """
 
@@ -90,7 +90,7 @@ class Run:
     left_out: LeftOut
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     score: Callable[..., Scores]
-    decoder: Decoder
+    decoder: Decoder | None
     guard: Guard
 
 
@@ -109,13 +109,13 @@ def start(config: Config, path: str, started: float) -> Run | None:
     parallel.check(config.resolved(vocab=0), mesh)
     with phases("data"):
         corpus = _open_data(config, saved, path)
-        config = config.resolved(corpus.tokenizer.vocab_size)
+        config = corpus.resolved(config)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, log=say)
     latest = agree.of_first(checkpoints.latest)
     if saved and agree.of_first(lambda: _is_finished(config, latest, workdir, checkpoints, list(corpus.validation))):
         say(f"{finished(workdir)}; nothing is left to do (a larger train.steps goes on).")
         return None
-    loss = bound_loss(LOSSES["lm"], config.train.loss_chunk, config.train.z_loss)
+    loss = loss_of(config)
 
     with phases("init"):
         graph, make, like = describe_state(config, mesh)
@@ -131,7 +131,7 @@ def start(config: Config, path: str, started: float) -> Run | None:
             say(f"going on from step {first} of {config.train.steps} in {workdir.path}")
         if workdir.primary:
             workdir.write_json("config.json", _record(config, corpus, saved))
-            save_tokenizer(corpus.tokenizer, str(workdir.file("tokenizer")))
+            corpus.save(workdir.local)
         workdir.sync()
         left_out = LeftOut.load(workdir)
         guard.begin(first)
@@ -139,7 +139,6 @@ def start(config: Config, path: str, started: float) -> Run | None:
         guard.close()
         raise
     assert state is not None
-    tokenizer = corpus.tokenizer
     return Run(
         config=config,
         workdir=workdir,
@@ -151,16 +150,18 @@ def start(config: Config, path: str, started: float) -> Run | None:
         start=first,
         left_out=left_out,
         step=step,
-        score=make_scorer(graph, loss, tokenizer.token_bytes, mesh),
-        decoder=Decoder(
-            graph,
-            config.data.context,
-            tokenizer.eot,
-            tokenizer.vocab_size,
-            mesh if jax.process_count() > 1 else None,
-        ),
+        score=scorer_of(config, corpus.tokenizer, graph, mesh),
+        decoder=_decoder(config, corpus, graph, mesh),
         guard=guard,
     )
+
+
+def _decoder(config: Config, corpus: Corpus, graph: nnx.GraphDef, mesh: Mesh) -> Decoder | None:
+    """Return what writes samples of a language model."""
+    if config.model.task != "lm" or corpus.tokenizer is None:
+        return None
+    eot, ids = corpus.tokenizer.eot, corpus.tokenizer.vocab_size
+    return Decoder(graph, config.data.context, eot, ids, mesh if jax.process_count() > 1 else None)
 
 
 def _saved(workdir: Workdir) -> dict[str, Any] | None:
@@ -191,14 +192,12 @@ def _continued(config: Config, saved: dict[str, Any], path: str) -> Config:
 
 
 def _open_data(config: Config, saved: dict[str, Any] | None, path: str) -> Corpus:
-    """Return the texts, checked against those of the run that the workdir holds."""
-    corpus = load_corpus(config.data, log=lambda line: say(f"  {line}"))
-    agree.check_equal(
-        "The fingerprint of the texts of data.path", corpus.fingerprint, "give all processes the same files"
-    )
+    """Return the data, checked against those of the run that the workdir holds."""
+    corpus = open_corpus(config, log=lambda line: say(f"  {line}"))
+    agree.check_equal("The fingerprint of data.path", corpus.fingerprint, "give all processes the same files")
     if saved and saved["data_fingerprint"] != corpus.fingerprint:
         raise InputError(
-            f"The texts of data.path have changed since the run in {path} began (fingerprint "
+            f"The data of data.path have changed since the run in {path} began (fingerprint "
             f"{saved['data_fingerprint'][:8]} then, {corpus.fingerprint[:8]} now); "
             "restore them, or give another --workdir."
         )
@@ -255,15 +254,10 @@ def _git_revision() -> str | None:
 
 def describe_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Callable[[], TrainState], Any]:
     """Return the model's graph, the function that makes the first state, and that state's shapes with shardings."""
-    c = config.model
-
-    def model() -> nnx.Module:
-        return MODELS[c.kind](c, config.data.context, nnx.Rngs(config.train.seed))
-
-    graph, _ = nnx.split(nnx.eval_shape(model))
+    graph, _, _ = describe_model(config)
 
     def make() -> TrainState:
-        return init_state(config, nnx.state(model()))
+        return init_state(config, *nnx.split(make_model(config, nnx.Rngs(config.train.seed)), nnx.Param, ...)[1:])
 
     shapes = jax.eval_shape(make)
     return graph, make, parallel.placed(shapes, mesh, config.mesh)
@@ -276,20 +270,24 @@ def _first_state(config: Config, make: Callable[[], TrainState], mesh: Mesh, lik
     folder, at = _source(config.train.init_from)
     source = Workdir(folder, primary=False)
     other = agree.of_first(lambda: _other_run(config, source, folder))
-    theirs = restore_tokenizer(str(source.local / "tokenizer"))
-    if theirs.hash != corpus.tokenizer.hash:
-        raise InputError(
-            f"train.init_from names a run with the tokenizer {theirs.spec} ({theirs.vocab_size} ids, "
-            f"{theirs.hash[:8]}), and this one has {corpus.tokenizer.spec} ({corpus.tokenizer.vocab_size} ids, "
-            f"{corpus.tokenizer.hash[:8]}); set data.tokenizer to the same one."
-        )
-    part = "ema" if other["config"]["train"]["ema"] else "params"
+    if corpus.tokenizer is not None:
+        _check_same(restore_tokenizer(str(source.local / TOKENIZER)), corpus.tokenizer)
     saved = Checkpoints(source.checkpoints, config.checkpoint, log=say)
-    state.params, _, step = saved.restore_params(like.params, at, part=part)
+    both, step = saved.restore_model(like.params, like.extras, at, averaged=bool(other["config"]["train"]["ema"]))
+    state.params, state.extras = nnx.split_state(both, nnx.Param, ...)
     if config.train.ema:
-        state.ema = jax.tree.map(lambda p: p.copy(), state.params)
+        state.ema = jax.tree.map(lambda p: p.copy(), both)
     say(f"starting from the parameters of {folder} at step {step}")
     return state
+
+
+def _check_same(theirs: Tokenizer, ours: Tokenizer) -> None:
+    if theirs.hash != ours.hash:
+        raise InputError(
+            f"train.init_from names a run with the tokenizer {theirs.spec} ({theirs.vocab_size} ids, "
+            f"{theirs.hash[:8]}), and this one has {ours.spec} ({ours.vocab_size} ids, "
+            f"{ours.hash[:8]}); set data.tokenizer to the same one."
+        )
 
 
 def _other_run(config: Config, source: Workdir, folder: str) -> dict[str, Any]:
@@ -321,10 +319,17 @@ def compile_step(config: Config, graph: nnx.GraphDef, loss: Loss, like: Any, mes
 
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a global batch; where there are several processes, with what tells them to stop."""
-    b, t = config.data.batch_size, config.data.context
+    b, t, side = config.data.batch_size, config.data.context, config.image.size
     sharding = NamedSharding(mesh, parallel.BATCH)
-    widths = dict(tokens=t + 1, segments=t + 1, positions=t + 1, mask=t)
-    shapes = {k: jax.ShapeDtypeStruct((b, w), np.int32, sharding=sharding) for k, w in widths.items()}
+    rows: dict[str, dict[str, tuple[int, ...]]] = dict(
+        lm=dict(tokens=(t + 1,), segments=(t + 1,), positions=(t + 1,), mask=(t,)),
+        mlm=dict.fromkeys(("tokens", "targets", "segments", "positions", "mask"), (t,)),
+        classify=dict(images=(side, side, config.image.channels), labels=(), mask=()),
+    )
+    shapes = {
+        k: jax.ShapeDtypeStruct((b, *row), np.uint8 if k == "images" else np.int32, sharding=sharding)
+        for k, row in rows[config.model.task].items()
+    }
     if jax.process_count() > 1:
         each = NamedSharding(mesh, parallel.P(mesh.axis_names))
         shapes[STOP] = jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=each)

@@ -1,7 +1,7 @@
 """The training state and the pure function that advances it by one batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ STOP = "stop"  # in the batches of several processes: the signal that a device's
 class TrainState:
     """Everything that a run carries from step to step.
 
-    `params` and `ema` (None when off) are `nnx.State`s; `skipped` counts all steps without an update; `window` holds
-    the last losses (None when spikes are not looked for).
+    `params`, `extras` and `ema` (None when off) are `nnx.State`s: what is trained, what a forward pass changes (the
+    statistics of BatchNorm), and averages of both; `skipped` counts all steps without an update; `window` holds the
+    last losses (None when spikes are not looked for).
     """
 
     step: Array
@@ -35,15 +36,22 @@ class TrainState:
     skipped: Array
     skipped_in_a_row: Array
     window: Any = None
+    extras: Any = field(default_factory=lambda: nnx.State({}))
+
+    @property
+    def variables(self) -> Any:
+        """What a model of this state is merged from, the averages where they are kept."""
+        return nnx.merge_state(self.params, self.extras) if self.ema is None else self.ema
 
 
-def init_state(config: Config, params: Any) -> TrainState:
+def init_state(config: Config, params: Any, extras: Any = None) -> TrainState:
     """Return the state before the first update."""
+    extras = nnx.State({}) if extras is None else extras
     opt_state = make_optimizer(config.optim).init(params)
-    ema = jax.tree.map(jnp.copy, params) if config.train.ema else None
+    ema = jax.tree.map(jnp.copy, nnx.merge_state(params, extras)) if config.train.ema else None
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     window = empty_window(config.faults.spike_window) if config.faults.spike_sigma else None
-    return TrainState(step, params, opt_state, ema, skipped, in_a_row, window)
+    return TrainState(step, params, opt_state, ema, skipped, in_a_row, window, extras)
 
 
 def make_step(
@@ -67,14 +75,16 @@ def make_step(
     scales = learning_rate_scales(config.optim, params)
     seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
 
-    def total(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        return loss(nnx.merge(graph, params), batch, key)
+    def total(params: Any, extras: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        model = nnx.merge(graph, params, extras)
+        value, sums = loss(model, batch, key)
+        return value, (sums, nnx.state(model, nnx.Not(nnx.Param)))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         stops = {k: jnp.max(batch[k]) for k in batch if k == STOP}
         batch = {k: v for k, v in batch.items() if k != STOP}
-        grads, sums = accumulate(total, state.params, batch, key, config.train.accumulate)
+        grads, sums, extras = accumulate(total, state.params, state.extras, batch, key, config.train.accumulate)
         weight = jnp.maximum(sums["weight"], 1.0)
         with jax.named_scope("optimizer"):
             grads = jax.tree.map(lambda g: g / weight, grads)
@@ -89,7 +99,8 @@ def make_step(
             )
             ema = state.ema
             if decay:
-                ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
+                new = nnx.merge_state(params, extras)
+                ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, new)
 
         finite = jnp.isfinite(nats) & jnp.isfinite(grad_norm)
         window, spike = state.window, jnp.bool_(False)
@@ -99,13 +110,13 @@ def make_step(
         made = finite & ~spike
         bad = 1 - made.astype(jnp.int32)
         with jax.named_scope("optimizer"):
-            params, opt_state, ema = jax.tree.map(
+            params, opt_state, ema, extras = jax.tree.map(
                 lambda new, old: jnp.where(made, new, old),
-                (params, opt_state, ema),
-                (state.params, state.opt_state, state.ema),
+                (params, opt_state, ema, extras),
+                (state.params, state.opt_state, state.ema, state.extras),
             )
         row = jnp.where(made, 0, state.skipped_in_a_row + 1)
-        state = TrainState(state.step + 1, params, opt_state, ema, state.skipped + bad, row, window)
+        state = TrainState(state.step + 1, params, opt_state, ema, state.skipped + bad, row, window, extras)
         metrics = dict(
             loss=nats,
             accuracy=sums["correct"] / weight,
@@ -122,20 +133,28 @@ def make_step(
     return step
 
 
-def accumulate(total: Callable, params: Any, batch: Batch, key: Array, pieces: int) -> tuple[Any, dict[str, Array]]:
-    """Return gradients and sums of `total(params, batch, key)` added over `pieces` microbatches.
+def accumulate(
+    total: Callable, params: Any, extras: Any, batch: Batch, key: Array, pieces: int
+) -> tuple[Any, dict[str, Array], Any]:
+    """Return gradients and sums of `total(params, extras, batch, key)` added over `pieces` microbatches, and extras.
 
-    Microbatch i takes the rows i, i + pieces, …, so that each spreads over all devices.
+    Microbatch i takes the rows i, i + pieces, …, so that each spreads over all devices; extras pass from one to the
+    next.
     """
     grad = jax.grad(total, has_aux=True)
     if pieces == 1:
-        return grad(params, batch, key)
+        grads, (sums, extras) = grad(params, extras, batch, key)
+        return grads, sums, extras
     split = {k: v.reshape(-1, pieces, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
     keys = jax.random.split(key, pieces)
 
     def body(carry: tuple, xs: tuple[Batch, Array]) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, carry, grad(params, *xs)), None
+        added, extras = carry
+        grads, (sums, extras) = grad(params, extras, *xs)
+        return (jax.tree.map(jnp.add, added, (grads, sums)), extras), None
 
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda v: v[0], split), keys[0])
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, (split, keys))[0]
+    first = jax.tree.map(lambda v: v[0], split)
+    grads, (sums, _) = jax.eval_shape(grad, params, extras, first, keys[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+    (added, extras), _ = jax.lax.scan(body, (zeros, extras), (split, keys))
+    return *added, extras

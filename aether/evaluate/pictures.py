@@ -1,0 +1,77 @@
+"""Pictures of a classifier's mistakes, as PNG."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from aether.evaluate.images import Mistake
+
+INK, MUTED = "#1f2933", "#7b8794"
+NAMED = 30  # classes whose names and counts are written
+COLUMNS = 6
+
+
+def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
+    """Return the share of each class's images (a row) that is taken for each class (a column)."""
+    classes = len(names)
+    totals = confusion.sum(1, keepdims=True)
+    shares = np.divide(confusion, totals, out=np.zeros_like(confusion), where=totals > 0)
+    side = min(max(4.5, 0.62 * classes + 2.4), 16)
+    figure = _figure(side + 0.6, side)
+    axis = figure.subplots()
+    shown = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if classes <= NAMED:
+        axis.set_xticks(range(classes), names, rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(classes), names)
+        for i, j in np.argwhere(confusion > 0):
+            color = "white" if shares[i, j] > 0.5 else INK
+            axis.text(j, i, f"{confusion[i, j]:.0f}", ha="center", va="center", color=color, fontsize=9)
+    axis.tick_params(length=0, colors=INK)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("taken for", color=INK, fontsize=12)
+    axis.set_ylabel("class", color=INK, fontsize=12)
+    axis.set_title(
+        f"{confusion.trace() / confusion.sum():.2%} of {confusion.sum():,.0f} images right",
+        loc="left",
+        color=INK,
+        fontweight="bold",
+    )
+    figure.colorbar(shown, ax=axis, shrink=0.6, label="share of the class").outline.set_visible(False)
+    return _png(figure)
+
+
+def draw_mistakes(mistakes: Sequence[Mistake], names: Sequence[str], images: int) -> bytes:
+    """Return the images that were taken for another class, the surest guesses first; `images` were looked at."""
+    rows = max(1, math.ceil(len(mistakes) / COLUMNS))
+    figure = _figure(1.75 * COLUMNS, 2.1 * rows + 0.6)
+    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axis in grid.flat:
+        axis.axis("off")
+    for axis, m in zip(grid.flat, mistakes, strict=False):
+        axis.imshow(m.image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(f"{names[m.label]}\n→ {names[m.guess]} {m.confidence:.0%}", fontsize=9, color=INK)
+    what = (
+        f"The surest mistakes among {images:,} images: class → guess"
+        if mistakes
+        else f"No mistake in {images:,} images"
+    )
+    figure.suptitle(what, x=0.01, ha="left", color=INK, fontweight="bold")
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=140, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
