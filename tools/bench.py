@@ -12,6 +12,7 @@ python -m tools.bench                   all of these: forward and backward, time
 python -m tools.bench --what=loop       the training loop against the bare jitted step on the same batches
 python -m tools.bench --what=startup    from the command to the first step of the quickstart, cold and warm
 python -m tools.bench --what=reader     tokens a second of the data reader alone
+python -m tools.bench --what=images     images a second of reading, decoding and augmenting, in one process
 python -m tools.bench --what=decode     decoding with the key/value cache against recomputing
 python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
 python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
@@ -46,6 +47,7 @@ from tools import (
     bench_attention,
     bench_conv,
     bench_dense,
+    bench_images,
     bench_layers,
     bench_linear,
     bench_save,
@@ -67,6 +69,7 @@ LINES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = dict(
     loop=lambda args: iter([bench_stack.loop(args)]),
     startup=lambda args: iter([bench_stack.startup(args)]),
     reader=lambda args: iter([bench_stack.reader(args)]),
+    images=lambda args: bench_images.rows(args.rounds),
     decode=lambda args: iter([bench_stack.decode(args)]),
     layers=lambda args: bench_layers.rows(here(args.backend, args.memory), args.rounds),
     save=lambda args: bench_save.rows(args.mb, args.rounds),

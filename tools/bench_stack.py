@@ -110,7 +110,7 @@ def reader(args: flags.FlagValues) -> dict[str, Any]:
     import numpy as np
 
     from aether.config import DataConfig
-    from aether.data.loader import load_corpus
+    from aether.data.corpus import load_corpus
 
     config = DataConfig(context=1024, batch_size=8)
     windows = load_corpus(config).train[0].examples

@@ -13,14 +13,8 @@ from absl import flags
 
 from aether.config import DataConfig
 from aether.data import loader
-from aether.data.loader import (
-    batch_ids,
-    load_corpus,
-    load_validation,
-    train_batches,
-    validation_batches,
-    window_batches,
-)
+from aether.data.corpus import load_corpus, load_validation
+from aether.data.loader import batch_ids, evaluation_batches, train_batches
 from aether.data.prepare import prepare
 from aether.data.sources import find_source
 from aether.data.tokenizers import load_tokenizer
@@ -63,7 +57,7 @@ def equal(left, right):
 
 def test_shapes_and_fingerprint(config):
     corpus = load_corpus(config)
-    (batch,) = take(train_batches(corpus, config, 0), 1)
+    (batch,) = take(train_batches(corpus.train, config, 0), 1)
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
         "tokens": ((6, 17), "int32"),
         "segments": ((6, 17), "int32"),
@@ -76,31 +70,31 @@ def test_shapes_and_fingerprint(config):
 
 def test_a_batch_is_a_function_of_seed_and_step(mixed):
     corpus = load_corpus(mixed)
-    whole = take(train_batches(corpus, mixed, 3), 12)
+    whole = take(train_batches(corpus.train, mixed, 3), 12)
     for step in (1, 7):
-        assert equal(take(train_batches(corpus, mixed, 3, step), 5), whole[step : step + 5])
-    assert equal(take(train_batches(corpus, replace(mixed, prefetch=1), 3), 12), whole)
-    assert not equal(take(train_batches(corpus, mixed, 4), 12), whole)
+        assert equal(take(train_batches(corpus.train, mixed, 3, step), 5), whole[step : step + 5])
+    assert equal(take(train_batches(corpus.train, replace(mixed, prefetch=1), 3), 12), whole)
+    assert not equal(take(train_batches(corpus.train, mixed, 4), 12), whole)
 
 
 def test_processes_share_the_batch(mixed):
     corpus = load_corpus(mixed)
-    whole = take(train_batches(corpus, mixed, 3, 5), 4)
+    whole = take(train_batches(corpus.train, mixed, 3, 5), 4)
     shares = [range(0, 2), range(2, 4), range(4, 6)]
-    parts = [take(train_batches(corpus, mixed, 3, 5, rows), 4) for rows in shares]
+    parts = [take(train_batches(corpus.train, mixed, 3, 5, rows), 4) for rows in shares]
     joined = [{k: np.concatenate([part[i][k] for part in parts]) for k in whole[i]} for i in range(4)]
     assert equal(joined, whole)
-    (some,) = take(train_batches(corpus, mixed, 3, 5, [0, 5]), 1)  # a mesh may scatter a process's rows
+    (some,) = take(train_batches(corpus.train, mixed, 3, 5, [0, 5]), 1)  # a mesh may scatter a process's rows
     assert equal([some], [{k: v[[0, 5]] for k, v in whole[0].items()}])
 
 
 def test_workers_give_the_same_batches(mixed):
     corpus = load_corpus(mixed)
-    whole = take(train_batches(corpus, mixed, 3, 2), 5)
+    whole = take(train_batches(corpus.train, mixed, 3, 2), 5)
     parsed = flags.FLAGS.is_parsed()
     flags.FLAGS.mark_as_parsed()
     try:
-        assert equal(take(train_batches(corpus, replace(mixed, workers=2), 3, 2), 5), whole)
+        assert equal(take(train_batches(corpus.train, replace(mixed, workers=2), 3, 2), 5), whole)
     finally:
         if not parsed:
             flags.FLAGS.unparse_flags()
@@ -112,7 +106,7 @@ def test_workers_without_parsed_flags_say_so(mixed):
     flags.FLAGS.unparse_flags()
     try:
         with pytest.raises(InputError, match="data.workers above 0.*mark_as_parsed"):
-            next(train_batches(corpus, replace(mixed, workers=1), 3))
+            next(train_batches(corpus.train, replace(mixed, workers=1), 3))
     finally:
         if parsed:
             flags.FLAGS.mark_as_parsed()
@@ -120,18 +114,18 @@ def test_workers_without_parsed_flags_say_so(mixed):
 
 def test_every_window_once_an_epoch_and_in_another_order_the_next(config):
     corpus = load_corpus(replace(config, batch_size=1))
-    count = len(corpus.train[0].windows)
+    count = len(corpus.train[0].examples)
     single = replace(config, batch_size=1)
-    epochs = [[batch_ids(corpus, single, 0, e * count + i)[0] for i in range(count)] for e in range(3)]
+    epochs = [[batch_ids(corpus.train, single, 0, e * count + i)[0] for i in range(count)] for e in range(3)]
     assert all(sorted(e) == sorted(f"train:{i}" for i in range(count)) for e in epochs)
     assert len({tuple(e) for e in epochs}) == 3
-    neighbour = [batch_ids(corpus, single, 1, i)[0] for i in range(count)]
+    neighbour = [batch_ids(corpus.train, single, 1, i)[0] for i in range(count)]
     assert all(neighbour != e for e in epochs)
 
 
 def test_the_mixture_has_its_proportions_at_every_scale(mixed):
     corpus = load_corpus(mixed)
-    names = [n.split(":")[0] for step in range(400) for n in batch_ids(corpus, mixed, 0, step)]
+    names = [n.split(":")[0] for step in range(400) for n in batch_ids(corpus.train, mixed, 0, step)]
     for part in (names, names[:120], names[-120:]):
         count = Counter(part)
         for name, weight in mixed.weights.items():
@@ -141,16 +135,16 @@ def test_the_mixture_has_its_proportions_at_every_scale(mixed):
 
 def test_batch_ids_name_the_rows(mixed):
     corpus = load_corpus(mixed)
-    (batch,) = take(train_batches(corpus, mixed, 3, 7), 1)
-    sets = {part.name: part.windows for part in corpus.train}
-    for row, name in enumerate(batch_ids(corpus, mixed, 3, 7)):
+    (batch,) = take(train_batches(corpus.train, mixed, 3, 7), 1)
+    sets = {part.name: part.examples for part in corpus.train}
+    for row, name in enumerate(batch_ids(corpus.train, mixed, 3, 7)):
         which, index = name.split(":")
         assert np.array_equal(sets[which][int(index)]["tokens"], batch["tokens"][row])
 
 
 def test_a_late_step_is_reached_at_once(mixed):
     corpus = load_corpus(mixed)
-    (late,) = take(train_batches(corpus, mixed, 0, 10**9), 1)
+    (late,) = take(train_batches(corpus.train, mixed, 0, 10**9), 1)
     assert late["tokens"].shape == (6, 17)
 
 
@@ -159,7 +153,7 @@ def test_validation_has_every_window_once(config, processes):
     corpus = load_corpus(config)
     windows = corpus.validation["validation"]
     shares = np.arange(6).reshape(processes, -1)
-    parts = [list(validation_batches(corpus, config, "validation", 0, rows)) for rows in shares]
+    parts = [list(evaluation_batches(corpus.validation["validation"], config, 0, rows)) for rows in shares]
     assert len({len(p) for p in parts}) == 1 and len(windows) % 6, "the last batch is to be ragged"
     rows = [row for i in range(len(parts[0])) for p in parts for row in zip(p[i]["tokens"], p[i]["mask"], strict=True)]
     assert all((tokens == windows[i]["tokens"]).all() for i, (tokens, _) in enumerate(rows[: len(windows)]))
@@ -169,20 +163,20 @@ def test_validation_has_every_window_once(config, processes):
 
 def test_a_subset_of_validation_is_fixed_and_spread(config):
     corpus = load_corpus(config)
-    windows = corpus.train[0].windows
-    whole = list(window_batches(windows, config))
-    some = list(window_batches(windows, config, 3))
+    windows = corpus.train[0].examples
+    whole = list(evaluation_batches(windows, config))
+    some = list(evaluation_batches(windows, config, 3))
     index = [next(i for i, b in enumerate(whole) if equal([b], [s])) for s in some]
     n = len(whole)
     assert len(index) == 3 and index[0] < n / 3 <= index[1] < 2 * n / 3 <= index[2]
-    assert equal(list(window_batches(windows, config, 10**6)), whole)
+    assert equal(list(evaluation_batches(windows, config, 10**6)), whole)
 
 
 def test_named_validation_sets_leave_all_of_the_text_to_train_on(config, place):
     named = replace(config, validation=dict(bee=str(place / "b.jsonl"), sea=str(place / "c.jsonl")))
     corpus = load_corpus(named)
     assert list(corpus.validation) == ["bee", "sea"]
-    assert corpus.train[0].windows.documents == 100 and load_corpus(config).train[0].windows.documents == 90
+    assert corpus.train[0].examples.documents == 100 and load_corpus(config).train[0].examples.documents == 90
     again = load_validation(str(place / "b.jsonl"), config, corpus.tokenizer)
     assert len(again) == len(corpus.validation["bee"]) and again.documents == 50
 
@@ -225,9 +219,9 @@ def test_the_summary_counts_and_names_what_was_skipped(config, tmp_path):
 
 def test_an_error_while_reading_ahead_arrives_as_it_is(config, monkeypatch):
     corpus = load_corpus(config)
-    monkeypatch.setattr(corpus.train[0].windows, "vocab", 100)
+    monkeypatch.setattr(corpus.train[0].examples, "vocab", 100)
     with pytest.raises(InputError, match="beyond the vocabulary"):
-        next(train_batches(corpus, config, 0))
+        next(train_batches(corpus.train, config, 0))
 
 
 def test_prepared_tokenizers_must_match(config, tmp_path):
@@ -242,11 +236,12 @@ PARENT = """
 import multiprocessing, os, signal, sys
 from absl import flags
 from aether.config import DataConfig
-from aether.data.loader import load_corpus, train_batches
+from aether.data.corpus import load_corpus
+from aether.data.loader import train_batches
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     config = DataConfig(path=sys.argv[1], context=16, cache_dir=sys.argv[2], workers=1)
-    batches = train_batches(load_corpus(config), config, 0)
+    batches = train_batches(load_corpus(config).train, config, 0)
     next(batches)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

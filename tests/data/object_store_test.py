@@ -22,7 +22,8 @@ from aether import remote
 from aether.config import DataConfig
 from aether.data import blocks
 from aether.data.cache import find
-from aether.data.loader import load_corpus, train_batches, validation_batches
+from aether.data.corpus import load_corpus
+from aether.data.loader import evaluation_batches, train_batches
 from aether.data.prepare import prepare as prepare_folder
 from aether.data.sources import find_source
 from aether.data.tokenizers import load_tokenizer, save_tokenizer
@@ -68,10 +69,10 @@ def parsed():
 def batches(config):
     """Return the fingerprint of a corpus, some of its training batches, and its validation batches."""
     corpus = load_corpus(config)
-    some = train_batches(corpus, config, 3, 5)
+    some = train_batches(corpus.train, config, 3, 5)
     found = list(itertools.islice(some, 6))
     some.close()  # ends the reading ahead, which might ask for a block together with what follows
-    found += validation_batches(corpus, config, "validation")
+    found += evaluation_batches(corpus.validation["validation"], config)
     return corpus.fingerprint, [{k: v.tolist() for k, v in batch.items()} for batch in found]
 
 
@@ -209,7 +210,7 @@ print(prepare_cached(source, config, tokenizer, lambda line: print(line, file=sy
 def test_processes_that_start_together_prepare_once(config, tmp_path, requests, monkeypatch, before):
     there = replace(config, path="far://bucket/a.jsonl")
     if before == "damaged":
-        made = load_corpus(there).train[0].windows
+        made = load_corpus(there).train[0].examples
         os.truncate(Path(made.folder, "tokens-00000.npy"), 300)
         requests()
     monkeypatch.setenv("FAR_DELAY", "0.2")

@@ -1,6 +1,8 @@
 """Scores against sums in float64 over a full softmax, with ragged masks, on one device and eight."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,8 +10,7 @@ import pytest
 from flax import nnx
 
 from aether.config import MeshConfig
-from aether.evaluate.metrics import bound_loss, make_scorer, summarise
-from aether.losses import LOSSES
+from aether.evaluate.metrics import scorer_of, summarise
 from aether.parallel import make_mesh, shardings
 from aether.testing import VOCAB, tiny_batch, tiny_config, tiny_model
 
@@ -39,8 +40,9 @@ def by_hand(graph, params, batches):
 
 
 def scores_of(model, mesh, z_loss=0.0):
-    _, (graph, params), batches = model
-    score = make_scorer(graph, bound_loss(LOSSES["lm"], 4, z_loss), LENGTHS, mesh)
+    config, (graph, params), batches = model
+    config = replace(config, train=replace(config.train, z_loss=z_loss))
+    score = scorer_of(config, SimpleNamespace(token_bytes=LENGTHS), graph, mesh)
     return score(jax.device_put(params, shardings(params, mesh)), batches)
 
 
@@ -62,13 +64,13 @@ def test_the_z_loss_is_no_part_of_a_score(model):
 
 
 def test_nothing_to_score(model):
-    _, (graph, params), _ = model
+    config, (graph, params), _ = model
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    found = make_scorer(graph, bound_loss(LOSSES["lm"], 4), LENGTHS, mesh)(params, [])
+    found = scorer_of(config, SimpleNamespace(token_bytes=LENGTHS), graph, mesh)(params, [])
     assert found == dict(loss=0.0, perplexity=1.0, bits_per_byte=None, accuracy=0.0, tokens=0)
 
 
 def test_what_is_not_finite_does_not_overflow():
-    assert summarise(nll=1e6, correct=0, weight=1, bytes=1)["perplexity"] == math.exp(700)
-    assert math.isnan(summarise(nll=math.nan, correct=0, weight=1, bytes=1)["perplexity"])
-    assert math.isnan(summarise(nll=math.inf, correct=0, weight=1, bytes=1)["perplexity"])
+    assert summarise(dict(nll=1e6, correct=0, weight=1, bytes=1))["perplexity"] == math.exp(700)
+    assert math.isnan(summarise(dict(nll=math.nan, correct=0, weight=1, bytes=1))["perplexity"])
+    assert math.isnan(summarise(dict(nll=math.inf, correct=0, weight=1, bytes=1))["perplexity"])

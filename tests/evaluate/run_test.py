@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from aether.config import build
-from aether.data.loader import load_validation, window_batches
+from aether.data.corpus import load_validation
+from aether.data.loader import evaluation_batches
 from aether.errors import InputError
 from aether.evaluate import run as module
 from aether.evaluate.load import load_run
@@ -83,7 +84,7 @@ def test_any_text_is_scored_whole(run, tmp_path):
     assert found["tokens"] == size and found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
     loaded = load_run(str(folder))
     windows = load_validation(str(tmp_path / "new.txt"), loaded.config.data, loaded.tokenizer)
-    assert sum(int(b["mask"].sum()) for b in window_batches(windows, loaded.config.data)) == size
+    assert sum(int(b["mask"].sum()) for b in evaluation_batches(windows, loaded.config.data)) == size
 
 
 def test_some_batches(run):

@@ -95,9 +95,9 @@ def gpus():
 def test_gpus_are_planned_by_data_sheet(gpus):
     assert gpus.fits and gpus.counts.cycles is None and gpus.roofline.hbm == 0
     assert any("data sheet" in w for w in gpus.warnings)
-    expected = gpus.tokens * gpus.model_flops / 8
+    expected = gpus.model_flops / 8
     assert gpus.counts.flops == pytest.approx(expected, rel=0.5)  # it is narrow: the rest weighs, too
-    assert gpus.mfu_bound == pytest.approx(gpus.tokens_per_second_bound * gpus.model_flops / (8 * 989e12))
+    assert gpus.mfu_bound == pytest.approx(gpus.rate_bound * gpus.model_flops / gpus.config.per_step / (8 * 989e12))
     assert {c.kind for c in gpus.collectives} >= {"all-gather"} and {c.link for c in gpus.collectives} == {"ici"}
     assert all(set(c.axes) <= {"data", "fsdp"} for c in gpus.collectives)
 
@@ -127,7 +127,7 @@ def test_a_scanned_model_counts_as_an_unrolled_one(tpus):
     scanned, unrolled = plan(True), plan(False)
     assert scanned.counts.flops == pytest.approx(unrolled.counts.flops, rel=0.1)
     assert scanned.counts.cycles == pytest.approx(unrolled.counts.cycles, rel=0.3)
-    assert scanned.counts.flops == pytest.approx(scanned.tokens * scanned.model_flops / 4, rel=0.02)
+    assert scanned.counts.flops == pytest.approx(scanned.model_flops / 4, rel=0.02)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from aether.testing import tiny_config, tiny_model
-from aether.train.flops import flops_per_token, matrix_parameters, peak_flops
+from aether.train.flops import flops_per_step, matrix_parameters, peak_flops
 
 WIDTH, HIDDEN, LAYERS, CONTEXT = 16, 64, 2, 8
 BLOCK = 3 * WIDTH * WIDTH + WIDTH * WIDTH + 2 * WIDTH * HIDDEN  # query, key, value; output; both halves of the MLP
@@ -19,7 +19,7 @@ def test_both_models_are_counted_alike(kind, head):
     params = nnx.state(tiny_model(config))
     matrices = LAYERS * BLOCK + WIDTH * config.model.rows
     assert matrix_parameters(params) == matrices
-    assert flops_per_token(config, params) == 6 * matrices + 12 * LAYERS * WIDTH * CONTEXT
+    assert flops_per_step(config) == (6 * matrices + 12 * LAYERS * WIDTH * CONTEXT) * 8 * CONTEXT
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from aether import parallel
 from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, MeshConfig, build
-from aether.data.loader import batch_ids, load_corpus, train_batches, validation_batches
+from aether.data.corpus import load_corpus
+from aether.data.loader import batch_ids, evaluation_batches, train_batches
 from aether.errors import CheckError, Stopped
 from aether.losses import LOSSES
 from aether.parallel import make_mesh
@@ -155,7 +156,7 @@ def test_lines_stand_at_every_step(run):
 def test_train_loss_is_that_of_the_batch_before_its_update(run, step):
     config, folder = run
     resolved, graph, state = load(config, folder, step - 1)
-    batch = next(train_batches(load_corpus(config.data), resolved.data, resolved.train.seed, step - 1))
+    batch = next(train_batches(load_corpus(config.data).train, resolved.data, resolved.train.seed, step - 1))
     nats, right, tokens = sums(graph, state.params, batch)
     line = lines(folder)[step, "train"]
     assert line["loss"] == pytest.approx(nats / tokens, abs=1e-5)
@@ -166,7 +167,7 @@ def test_first_loss_is_that_of_the_initial_parameters(run):
     config, folder = run
     corpus = load_corpus(config.data)
     graph, make, _ = describe_state(config.resolved(257), make_mesh(MeshConfig(), jax.devices()[:1]))
-    nats, _, tokens = sums(graph, jax.jit(make)().params, next(train_batches(corpus, config.data, 0)))
+    nats, _, tokens = sums(graph, jax.jit(make)().params, next(train_batches(corpus.train, config.data, 0)))
     assert lines(folder)[1, "train"]["loss"] == pytest.approx(nats / tokens, abs=1e-5)
 
 
@@ -174,7 +175,7 @@ def test_first_loss_is_that_of_the_initial_parameters(run):
 def test_validation_is_the_whole_text(run, name):
     config, folder = run
     _, graph, state = load(config, folder, 4)
-    batches = list(validation_batches(load_corpus(config.data), config.data, name))
+    batches = list(evaluation_batches(load_corpus(config.data).validation[name], config.data))
     nats, right, tokens = whole(graph, state.ema, batches)
     size = os.path.getsize(config.data.validation[name])
     line = lines(folder)[4, name]
@@ -248,7 +249,7 @@ STOPS = {  # where the signal comes -> (module, its iterator, item, step at whic
     "before the first step": (loop, "train_batches", 1, 1),
     "between evaluations": (loop, "train_batches", 3, 3),
     "at a step to be evaluated and saved": (loop, "train_batches", 4, 4),
-    "within an evaluation": (evaluator, "validation_batches", 2, 2),
+    "within an evaluation": (evaluator, "evaluation_batches", 2, 2),
     "at the last step": (loop, "train_batches", 6, 6),
 }
 
@@ -298,7 +299,7 @@ def test_a_signal_after_the_last_evaluation_changes_nothing(undisturbed, tmp_pat
 def test_only_the_missing_set_is_evaluated_again(text, tmp_path, one_device, monkeypatch):
     config = settings(text, data=dict(validation=dict(a=str(text), b=str(text))))
     with monkeypatch.context() as patch:  # the second set's first batch
-        patch.setattr(evaluator, "validation_batches", signalling(evaluator.validation_batches, signal.SIGTERM, 30))
+        patch.setattr(evaluator, "evaluation_batches", signalling(evaluator.evaluation_batches, signal.SIGTERM, 30))
         with pytest.raises(Stopped, match="saved at step 2"):
             loop.train(config, str(tmp_path))
     found = lines(tmp_path)
@@ -343,7 +344,7 @@ def test_too_many_bad_steps_end_the_run(text, tmp_path, one_device, log_every):
     message = str(caught.value)
     corpus = load_corpus(config.data)
     for step in (2, 3, 4):
-        assert f"step {step}: {' '.join(batch_ids(corpus, config.data, 0, step - 1))}" in message
+        assert f"step {step}: {' '.join(batch_ids(corpus.train, config.data, 0, step - 1))}" in message
     assert "step 5" not in message and "train.max_skipped is 3" in message and "\n" not in message
     found = lines(tmp_path)
     assert [found[s, "train"]["skipped"] for s in (2, 3, 4)] == [1, 2, 3]
@@ -352,7 +353,7 @@ def test_too_many_bad_steps_end_the_run(text, tmp_path, one_device, log_every):
 
 def test_a_bad_step_is_skipped_and_counted(text, tmp_path, one_device, monkeypatch, capsys):
     config = settings(text, checkpoint=dict(every=1), train=dict(eval_every=0, max_skipped=2))
-    bad = next(train_batches(load_corpus(config.data), config.data, 0, 2))["tokens"]
+    bad = next(train_batches(load_corpus(config.data).train, config.data, 0, 2))["tokens"]
 
     def loss(model, batch, key, lm=LOSSES["lm"], **options):
         total, found = lm(model, batch, key, **options)

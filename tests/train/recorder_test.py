@@ -8,7 +8,8 @@ import time
 import pytest
 
 from aether.config import build
-from aether.data.loader import batch_ids, load_corpus
+from aether.data.corpus import load_corpus
+from aether.data.loader import batch_ids
 from aether.testing import tiny_text
 from aether.train.activity import STEPS, Activity
 from aether.train.guard import Guard

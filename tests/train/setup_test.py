@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from aether import parallel
 from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, DataConfig, MeshConfig, build
-from aether.data.loader import load_corpus
+from aether.data.corpus import load_corpus
 from aether.data.prepared import shard_file
 from aether.parallel import make_mesh
 from aether.testing import tiny_text
@@ -299,7 +299,7 @@ def damaged(folder: Path, text: Path) -> Path:
     """Return a prepared folder with an id beyond the vocabulary in its middle."""
     corpus = load_corpus(DataConfig(path=str(text), context=16))
     copy = folder / "damaged"
-    shutil.copytree(corpus.train[0].windows.folder, copy)
+    shutil.copytree(corpus.train[0].examples.folder, copy)
     file = shard_file(str(copy), "tokens", 0)
     ids = np.load(file)
     ids[100:200] = 300

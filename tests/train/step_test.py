@@ -71,10 +71,12 @@ def test_accumulated_gradients_are_those_of_the_large_batch_with_ragged_masks_to
     batch["mask"][2], batch["mask"][5, 1:] = 0, 0  # a row that counts nothing, and one that counts little
     assert len(set(batch["mask"].sum(1))) > 3
 
-    def total(params, batch, key):
-        return lm(nnx.merge(graph, params), batch, None, chunk=4, z_loss=1e-2)
+    def total(params, extras, batch, key):
+        value, sums = lm(nnx.merge(graph, params), batch, None, chunk=4, z_loss=1e-2)
+        return value, (sums, extras)
 
-    both = jax.jit(lambda p, b: [accumulate(total, p, b, jax.random.key(0), pieces) for pieces in (1, 4)])
+    none = nnx.State({})
+    both = jax.jit(lambda p, b: [accumulate(total, p, none, b, jax.random.key(0), pieces)[:2] for pieces in (1, 4)])
     (whole, sums), (pieces, sums_of_pieces) = both(params, batch)
     assert sums["weight"] == sums_of_pieces["weight"] == batch["mask"].sum()
     assert float(sums["nll"]) == pytest.approx(float(sums_of_pieces["nll"]), rel=1e-6)

@@ -40,7 +40,10 @@ def open_idx(path: str) -> Source:
     """
     if os.path.isfile(path):
         return _source(path, _idx_pair(path), None)
-    found = {m[2]: os.path.join(path, m[0]) for m in map(IDX.fullmatch, sorted(os.listdir(path))) if m}
+    matches = [m for m in map(IDX.fullmatch, sorted(os.listdir(path))) if m]
+    if len(sets := sorted({m[1] for m in matches})) > 1:
+        raise InputError(f"{path} holds the sets {', '.join(sets)}; name one file of images, or part the sets.")
+    found = {m[2]: os.path.join(path, m[0]) for m in matches}
     if "train" not in found:
         raise InputError(f"{path} has {', '.join(found)} idx files but no train-images-idx3-ubyte[.gz]; add it.")
     held = found.get("t10k") or found.get("test")
@@ -88,7 +91,7 @@ def open_npz(path: str) -> Source:
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is no .npz file, or only a part of one; save it again with numpy.savez.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as f, np.lib.npyio.NpzFile(f, allow_pickle=False) as archive:
             names = _wanted(path, set(archive.files))
             arrays = [archive[name] for name in names]
     except InputError:

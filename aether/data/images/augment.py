@@ -65,5 +65,5 @@ def cutout(image: np.ndarray, rng: np.random.Generator, side: int, fill: int) ->
     height, width, _ = image.shape
     y, x = (rng.random(2) * (height, width)).astype(int) - side // 2
     out = image.copy()
-    out[max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)] = fill
+    out[max(y, 0) : y + side, max(x, 0) : x + side] = fill
     return out

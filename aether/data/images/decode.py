@@ -8,18 +8,31 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Choose = Callable[[int, int], Box]  # of width and height
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what files with these endings turn out to be
 # What PIL raises for files that are damaged, or are no pictures.
-BROKEN = (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.error, Image.DecompressionBombError)
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height change places
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MODES = {1: "L", 3: "RGB"}
 
-# Damaged EXIF beside a sound picture: ImageNet has some.
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+# About damaged EXIF beside a sound picture, which ImageNet has.
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 
 def square(data: bytes | np.ndarray, size: int, channels: int, choose: Choose) -> np.ndarray:
@@ -36,25 +49,33 @@ def square(data: bytes | np.ndarray, size: int, channels: int, choose: Choose) -
       BROKEN: the bytes are no whole picture.
     """
     if isinstance(data, np.ndarray):
-        image, turned = Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data), False
+        image, turn = Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data), 1
     else:
-        image = Image.open(io.BytesIO(data))
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
-    width, height = image.size[::-1] if turned else image.size
+        image, turn = _opened(data)
+    width, height = image.size[::-1] if turn >= 5 else image.size
     box = choose(width, height)
-    if not isinstance(data, np.ndarray):
-        factor = size / min(box[2] - box[0], box[3] - box[1])
-        image.draft(MODES[channels], (math.ceil(image.width * factor), math.ceil(image.height * factor)))
-        image = ImageOps.exif_transpose(image)
-        box = _scaled(box, image.width / width, image.height / height)
+    factor = size / min(box[2] - box[0], box[3] - box[1])
+    image.draft(MODES[channels], (math.ceil(image.width * factor), math.ceil(image.height * factor)))
     image = _plain(image, channels)
+    image = image.transpose(TURNS[turn]) if turn in TURNS else image
+    box = _scaled(box, image, image.width / width, image.height / height)
     if image.size != (size, size) or box != (0, 0, size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
     return np.asarray(image).reshape(size, size, channels)
 
 
-def _scaled(box: Box, x: float, y: float) -> Box:
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+def _opened(data: bytes) -> tuple[Image.Image, int]:
+    """Return a picture, not yet decoded, and its orientation: 1, upright, where none can be read."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        turn = image.getexif().get(ORIENTATION, 1)
+    except BROKEN:
+        turn = 1
+    return image, turn if turn in TURNS else 1
+
+
+def _scaled(box: Box, image: Image.Image, x: float, y: float) -> Box:
+    return box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height)
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:
@@ -82,9 +103,9 @@ def facts(data: bytes) -> tuple[int, int, bool]:
     Raises:
       BROKEN: the bytes are no whole picture.
     """
-    image = Image.open(io.BytesIO(data))
-    turned, grey = image.getexif().get(ORIENTATION, 1) >= 5, image.mode in ("1", "L", "I;16")
-    width, height = image.size[::-1] if turned else image.size
+    image, turn = _opened(data)
+    width, height = image.size[::-1] if turn >= 5 else image.size
+    grey = image.mode in ("1", "L", "I;16")
     image.draft(None, (1, 1))  # reads every byte of a JPEG, at an eighth of the pixels
     image.load()
     return width, height, grey

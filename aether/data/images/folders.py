@@ -19,9 +19,10 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 HELD_OUT = ("val", "validation", "test")
 TINY_IMAGENET = "val_annotations.txt"  # file, tab, class, of the pictures in `images` beside it
 CHECK = 1  # changes with what a check looks for
+BLOCK = 1024  # files that wait for a thread at one time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A file below a class folder, by its path below the root."""
 
@@ -138,9 +139,12 @@ def _check(root: str, entries: list[Entry]) -> dict[str, Any]:
         except decode.BROKEN as e:
             return decode.reason(e)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(look, entries), total=len(entries), delay=1, desc=f"checking the pictures of {root}")
-        results = list(bar)
+    results: list[tuple[int, int, bool] | str] = []
+    bar = tqdm(total=len(entries), delay=1, unit="files", desc=f"checking the pictures of {root}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for begin in range(0, len(entries), BLOCK):
+            results += pool.map(look, entries[begin : begin + BLOCK])
+            bar.update(len(results) - begin)
     bad = {e.name: r for e, r in zip(entries, results, strict=True) if isinstance(r, str)}
     good = [r for r in results if not isinstance(r, str)]
     sides = {r[:2] for r in good}

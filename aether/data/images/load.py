@@ -39,12 +39,13 @@ class Labels:
         file = os.path.join(folder, CLASSES)
         record = read_json(file)
         try:
-            assert record is not None, "there is none"
-            names = tuple(record.pop("names"))
-            labels = cls(names, Pictures(**record))
-            assert labels.pictures.classes == len(names), "names and classes differ"
-        except (KeyError, TypeError, AssertionError) as e:
-            raise InputError(f"{file} cannot be used ({e}); copy it again from the run that wrote it.") from e
+            names = tuple(record.pop("names")) if record else ()
+            labels = cls(names, Pictures(**record or {}))
+        except (KeyError, TypeError) as e:
+            raise InputError(f"{file} is missing or damaged; copy it again from the run that wrote it.") from e
+        if labels.pictures.classes != len(names):
+            have = labels.pictures.classes
+            raise InputError(f"{file} has {len(names)} names for {have} classes; copy it again from its run.")
         return labels
 
 
@@ -89,8 +90,7 @@ def load_images(data: DataConfig, image: ImageConfig, log: Log = lambda line: No
     for line in summary:
         log(line)
     form = asdict(labels.pictures)
-    shape = [len(train), form["size"], form["channels"], source.held_out is None and fraction]
-    fingerprint = key_of([source.fingerprint, source.classes, shape])
+    fingerprint = key_of([source.fingerprint, source.classes, len(train), form["size"], form["channels"]])
     return Images(train_set, validation, labels, fingerprint, summary)
 
 

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 
+from aether import remote
 from aether.config import DataConfig
 from aether.data import tfds
 from aether.data.files import Log, key_of
@@ -29,6 +30,11 @@ def open_source(path: str, config: DataConfig, strict: bool, log: Log) -> Source
         return arrays.digits()
     if path.startswith(TFDS):
         return _tfds(path, config)
+    if remote.is_remote(path):
+        raise InputError(
+            f"{path} is remote, and pictures are read from a local disk; copy them there, or take tfds:NAME, of which "
+            "data.tfds_dir may be remote."
+        )
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         idx = any(arrays.IDX.fullmatch(name) for name in os.listdir(place))
