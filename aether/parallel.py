@@ -212,6 +212,11 @@ def check(c: Config, mesh: Mesh) -> None:
             f"data.batch_size is {batch}, in {accumulate} microbatches, over mesh.data x mesh.fsdp = {ways} "
             f"devices; make it a multiple of {accumulate * ways}."
         )
+    if c.unit == "images" and mesh.shape["sequence"] > 1:
+        raise InputError(
+            f"mesh.sequence is {mesh.shape['sequence']}, but images have no positions to split over it; set it to 1 "
+            "and give the devices to mesh.data or mesh.fsdp."
+        )
     for key, size, axis in (("data.context", context, "sequence"), ("model.heads", c.model.heads, "tensor")):
         if size % mesh.shape[axis]:
             fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
@@ -219,7 +224,7 @@ def check(c: Config, mesh: Mesh) -> None:
 
 
 def _check_kernel(c: Config, mesh: Mesh) -> None:
-    if c.model.attention_impl != "flash":
+    if c.model.attention_impl != "flash" or not c.model.heads:
         return
     heads: Any = jax.ShapeDtypeStruct((1, 1, 1, 1, c.model.width // c.model.heads), jnp.dtype(c.model.dtype))
     one = Mesh(mesh.devices.flat[:1], "data", axis_types=(AxisType.Auto,))

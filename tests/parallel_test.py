@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from aether.config import MeshConfig
+from aether.config import MeshConfig, Pictures, build
 from aether.errors import InputError
 from aether.nn import YatAttention
 from aether.parallel import AXES, RULES, check, make_mesh, rules_of, shardings, spec, to_global
@@ -213,6 +213,13 @@ def test_what_does_not_divide_over_sequence_or_tensor_is_refused():
         check(tiny_config(), make_mesh(MeshConfig(data=1, tensor=8)))
 
 
+def test_images_have_no_sequence_to_split():
+    c = build(dict(model=dict(kind="resnet"), data=dict(batch_size=8))).resolved(0, Pictures(10, 8, 1, 0.5, 0.5))
+    check(c, make_mesh(MeshConfig(data=8)))
+    with pytest.raises(InputError, match="mesh.sequence is 2, but images have no positions"):
+        check(c, make_mesh(MeshConfig(data=4, sequence=2)))
+
+
 def test_attention_over_sequence_is_attention_with_every_mask():
     """Windows, segments, dense masks and L1 with its learned constant, forward and backward."""
     layer = YatAttention(16, 4, num_kv_heads=2, window=5, normalization="l1", learnable_epsilon=True, rngs=nnx.Rngs(0))
@@ -249,7 +256,7 @@ jax.config.update("jax_num_cpu_devices", 4 // int(sys.argv[2]))
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", int(sys.argv[2]), int(sys.argv[3]))
 from aether import parallel
-from aether.config import MeshConfig
+from aether.config import MeshConfig, Pictures, build
 from aether.testing import tiny_batch, tiny_config
 config = tiny_config()
 for sizes in json.loads(sys.argv[4]):

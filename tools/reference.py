@@ -360,6 +360,58 @@ def lstm_cell(
     return c, softer_sigmoid(o) * output(c)
 
 
+# Transformers
+
+
+def encoder(p: dict[str, Array], x: Any, heads: int, *, mask: Any | None = None, positions: Any | None = None) -> Array:
+    """Add the branches of bidirectional blocks to x (b, t, d), then normalise; of what kind they are says `p`.
+
+    `p` maps paths to arrays, those of `blocks` with a leading layers axis. Where it has norms they come before each
+    branch, by mean and variance. Attention is spherical ⵟ where it has an α, and a dot product where not; a hidden unit
+    likewise, or tanh GELU. `mask` (b, t, t) is True where a query may look; `positions` (b, t) rotate queries and keys.
+    """
+    x = _exact(x)
+    b, t, d = x.shape
+    for i in range(len(p["blocks/attention/query/kernel"])):
+        layer = {k.removeprefix("blocks/"): v[i] for k, v in p.items() if k.startswith("blocks/")}
+        y = _normed(x, layer, "norm1")
+        q, k, v = (_linear(y, layer, f"attention/{n}").reshape(b, t, heads, -1) for n in ("query", "key", "value"))
+        if positions is not None:
+            q, k = rotate(q, positions), rotate(k, positions)
+        if "attention/alpha" in layer:
+            s = attention_scores(q, k, spherical=True, **_unit_of(layer, "attention"))
+        else:
+            s = np.einsum("bthk,bshk->bhts", q, k) / math.sqrt(d / heads)
+        weights = attention_weights(s, None if mask is None else np.asarray(mask)[:, None])
+        x = x + _linear(np.einsum("bhts,bshk->bthk", weights, v).reshape(b, t, d), layer, "attention/out")
+        y = _normed(x, layer, "norm2")
+        if "mlp/hidden/alpha" in layer:
+            h = yat(y, layer["mlp/hidden/kernel"], spherical=True, **_unit_of(layer, "mlp/hidden"))
+        else:
+            h = _linear(y, layer, "mlp/hidden")
+            h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = x + _linear(h, layer, "mlp/out")
+    return _normed(x, p, "norm")
+
+
+def _linear(x: Array, p: dict[str, Array], name: str) -> Array:
+    return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0.0)
+
+
+def _normed(x: Array, p: dict[str, Array], name: str) -> Array:
+    if f"{name}/scale" not in p:
+        return x
+    centred = x - np.mean(x, -1, keepdims=True)
+    y = centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + 1e-5) * p[f"{name}/scale"]
+    return y + p.get(f"{name}/bias", 0.0)
+
+
+def _unit_of(p: dict[str, Array], name: str) -> dict[str, Array]:
+    """Return b, α and ε of a unit that stores b and ε by their inverse softplus."""
+    bias, epsilon = (np.logaddexp(0, p[f"{name}/{n}"]) for n in ("bias", "epsilon_param"))
+    return dict(bias=bias, alpha=p[f"{name}/alpha"], epsilon=epsilon)
+
+
 # Derivatives
 
 

@@ -5,7 +5,8 @@ r"""Compare settings, each at its own best learning rate, and print the tables.
 
 First every value of --sweep, for every combination of the --vary values, with seed 0 and a part of the steps; then
 each combination at its best value, with all steps and seeds 0, 1, 2 .... The final loss on the whole first validation
-set decides. Every run is a `launch.train` in a folder of its own, so the same command goes on after a kill.
+set decides, or with --score=error its share of wrong guesses. Every run is a `launch.train` in a folder of its own,
+so the same command goes on after a kill.
 OUT/results.jsonl has a line for every run, OUT/logs what each said, OUT/sweep.png the losses over the swept key.
 """
 
@@ -48,6 +49,7 @@ def define() -> flags.FlagValues:
     flags.DEFINE_multi_string("vary", [], "KEY=VALUE,VALUE: settings to compare; given again: all combinations", values)
     flags.DEFINE_string("sweep", "", "KEY=NUMBER,NUMBER: each combination takes its best (empty: no sweep)", values)
     flags.DEFINE_float("sweep_fraction", 0.5, "share of the steps in the sweep", 1e-6, 1.0, values)
+    flags.DEFINE_enum("score", "loss", ["loss", "error"], "what decides, and is in the tables", values)
     flags.DEFINE_integer("seeds", 3, "seeds of the final runs", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
         "jobs", 1, "runs at a time, the cores shared out among them", lower_bound=1, flag_values=values

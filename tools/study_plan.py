@@ -56,6 +56,15 @@ class Study:
     key: str
     values: list[float]
     seeds: int
+    score: str = "loss"
+
+    def score_of(self, record: Mapping[str, Any] | None) -> float | None:
+        """Return what decides, the lower the better; infinite if the run diverged, None if it failed or is to come."""
+        if record is None or record["status"] == "failed":
+            return None
+        if record["status"] == "diverged":
+            return math.inf
+        return record["loss"] if self.score == "loss" else 100.0 * (1.0 - record["accuracy"])
 
     def job(self, c: Combination, value: float | None, seed: int, steps: int) -> Job:
         """Describe a run; its name says what it is, so that a run of another length is another run."""
@@ -71,8 +80,8 @@ class Study:
         return [self.job(c, value, 0, c.sweep_steps) for value in self.values]
 
     def best(self, c: Combination, results: Results) -> float | None:
-        """Return the value with the lowest loss so far; None where no run has a finite one, or nothing is swept."""
-        losses = {job.value: loss_of(results.get(job.name)) for job in self.sweep(c)}
+        """Return the value with the lowest score so far; None where no run has a finite one, or nothing is swept."""
+        losses = {job.value: self.score_of(results.get(job.name)) for job in self.sweep(c)}
         finite = {value: loss for value, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return min(finite, key=lambda value: finite[value]) if finite else None
 
@@ -96,20 +105,13 @@ class Study:
         return steps
 
 
-def loss_of(record: Mapping[str, Any] | None) -> float | None:
-    """Return the loss that decides: infinite if the run diverged, None if it failed or is yet to come."""
-    if record is None or record["status"] == "failed":
-        return None
-    return math.inf if record["status"] == "diverged" else record["loss"]
-
-
 def plan(args: flags.FlagValues) -> Study:
     """Make the study that the flags describe, every config of it checked."""
     path = cli.require(args, "config", "configs/shakespeare_char.py")
     shared = [*QUIET, *args.override]
     base = overrides.make_config(path, shared)
     if not (base.data.validation or base.data.validation_fraction):
-        raise InputError("data.validation is empty and data.validation_fraction 0; a study needs a validation text.")
+        raise InputError("data.validation is empty and data.validation_fraction 0; a study needs validation data.")
     if base.optim.schedule_steps:
         raise InputError(
             f"optim.schedule_steps is {base.optim.schedule_steps}; set it to 0: it follows train.steps here."
@@ -123,7 +125,7 @@ def plan(args: flags.FlagValues) -> Study:
     values = sweep_values(key, texts) if key else []
     chosen = itertools.product(*([(name, text) for text in options] for name, options in vary))
     combinations = [combination(path, shared, choice, args.sweep_fraction) for choice in chosen]
-    study = Study(path, shared, base.to_json(), combinations, key, values, args.seeds)
+    study = Study(path, shared, base.to_json(), combinations, key, values, args.seeds, args.score)
     check_configs(study)
     return study
 

@@ -123,7 +123,9 @@ class Runner:
     def _tell(self, record: Mapping[str, Any]) -> None:
         """Print how a run ended, how many are done, and when the rest will be, by the steps made so far."""
         failed = record["status"] == "failed"
-        how = record["status"] if record["loss"] is None else f"loss {record['loss']:.4f}"
+        how = (
+            record["status"] if record["loss"] is None else f"loss {record['loss']:.4f}, {record['accuracy']:.2%} right"
+        )
         done = [self.results[name] for name in self.study.jobs(self.results) if name in self.results]
         done = [r for r in done if r["status"] != "failed"]
         expected = self.study.expected()
@@ -139,7 +141,7 @@ class Runner:
 
 def outcome(workdir: Path, steps: int, code: int, said: Sequence[str]) -> dict[str, Any]:
     """Return how a run that ended with `code` did; `tokens_per_second` is the median of its train lines."""
-    found: dict[str, Any] = dict(status="failed", loss=None, losses={}, parameters=None, tokens_per_second=None)
+    found: dict[str, Any] = dict(status="failed", loss=None, accuracy=None, losses={}, parameters=None)
     found |= dict(git=None, exit=code, error="")
     if code not in (0, DIVERGED_EXIT):
         return found | dict(error="\n".join(said[-5:]) or f"exit code {code}")
@@ -147,17 +149,19 @@ def outcome(workdir: Path, steps: int, code: int, said: Sequence[str]) -> dict[s
     if code == DIVERGED_EXIT:
         return found | dict(status="diverged", error=said[-1] if said else "")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = {line["split"]: line["loss"] for line in lines if line["step"] == steps}
-    validation = [loss for split, loss in losses.items() if split != "train"]
+    last = {line["split"]: line for line in lines if line["step"] == steps}
+    validation = [line for split, line in last.items() if split != "train"]
     if not validation:
-        raise InputError(f"{workdir} has no validation loss; give a text by data.validation.NAME.")
+        raise InputError(f"{workdir} has no validation loss; give a text or images by data.validation.NAME.")
     arrays = json.loads((workdir / "checkpoints" / str(steps) / "meta.json").read_text(encoding="utf-8"))["arrays"]
     parameters = sum(math.prod(a["shape"]) for name, a in arrays.items() if name.startswith("params/"))
-    status = "diverged" if validation[0] is None else "done"
-    speed = statistics.median(line["tokens_per_second"] for line in lines if line["split"] == "train")
-    return found | dict(
-        status=status, loss=validation[0], losses=losses, parameters=parameters, tokens_per_second=round(speed)
-    )
+    loss, accuracy = validation[0]["loss"], validation[0]["accuracy"]
+    found |= dict(status="diverged" if loss is None else "done", loss=loss, accuracy=accuracy, parameters=parameters)
+    found |= dict(losses={split: line["loss"] for split, line in last.items()})
+    rates = [name for name in last["train"] if name.endswith("_per_second")]
+    return found | {
+        name: round(statistics.median(line[name] for line in lines if line["split"] == "train")) for name in rates
+    }
 
 
 def cpu_groups(jobs: int) -> list[set[int]]:

@@ -5,10 +5,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from aether.config import build
 from aether.storage import write_atomic
-from tools.study_plan import Combination, Results, Study, loss_of
+from tools.study_plan import Combination, Results, Study
 
 MISSING, DIVERGED = "–", "diverged"
+NAMES = {"loss": "loss", "error": "error %"}
 
 
 def report(study: Study, results: Results) -> str:
@@ -23,21 +25,27 @@ def main_table(study: Study, results: Results) -> tuple[list[str], list[list[str
     """Return head and rows: a combination each, at its best value; differences are paired by seed, to the first row."""
     swept = [study.key] if study.values else []
     seeds = [f"seed {seed}" for seed in range(study.seeds)]
-    head = ["", *swept, "loss", *seeds, "difference", "parameters", "tokens/s"]
+    unit = unit_of(study)
+    head = ["", *swept, NAMES[study.score], *seeds, "difference", "parameters", f"{unit}/s"]
     rows: list[list[str]] = []
     first: list[float | None] = []
     for c in study.combinations:
         records = [results.get(job.name) for job in study.full(c, results)] or [None] * study.seeds
-        losses = [loss_of(record) for record in records]
+        losses = [study.score_of(record) for record in records]
         first = first or losses
         pairs = [b - a for a, b in zip(first, losses, strict=True) if a is not None and b is not None]
         known = [record for record in records if record and record["status"] == "done"]
-        sizes = [count([r.get(name) for r in known]) for name in ("parameters", "tokens_per_second")]
+        sizes = [count([r.get(name) for r in known]) for name in ("parameters", f"{unit}_per_second")]
         value = [chosen(study, c, results)] if swept else []
         mean = spread([loss for loss in losses if loss is not None])
         difference = spread(pairs, "+") if rows else ""
         rows.append([c.label, *value, mean, *map(number, losses), difference, *sizes])
     return head, rows
+
+
+def unit_of(study: Study) -> str:
+    """Return what the runs count: tokens or images."""
+    return build(study.base).unit
 
 
 def chosen(study: Study, c: Combination, results: Results) -> str:
@@ -51,7 +59,7 @@ def sweep_table(study: Study, results: Results) -> tuple[list[str], list[list[st
     rows = []
     for c in study.combinations:
         best = study.best(c, results)
-        cells = [(job.value, number(loss_of(results.get(job.name)))) for job in study.sweep(c)]
+        cells = [(job.value, number(study.score_of(results.get(job.name)))) for job in study.sweep(c)]
         rows.append([c.label, *(f"**{text}**" if value == best else text for value, text in cells)])
     return [study.key, *map(str, study.values)], rows
 
@@ -106,7 +114,7 @@ def count(values: Sequence[float | None]) -> str:
 
 
 def number(loss: float | None) -> str:
-    """Write a loss as `loss_of` gives it."""
+    """Write what `Study.score_of` gives."""
     return MISSING if loss is None else f"{loss:.4f}" if math.isfinite(loss) else DIVERGED
 
 
@@ -133,7 +141,7 @@ def plot(study: Study, results: Results, path: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for c in study.combinations:
-        losses = [loss_of(results.get(job.name)) for job in study.sweep(c)]
+        losses = [study.score_of(results.get(job.name)) for job in study.sweep(c)]
         heights = [loss if loss is not None and math.isfinite(loss) else math.nan for loss in losses]
         (line,) = axis.plot(study.values, heights, "o-", label=c.label)
         lost = [value for value, loss in zip(study.values, losses, strict=True) if loss == math.inf]
@@ -146,7 +154,8 @@ def plot(study: Study, results: Results, path: Path) -> None:
     axis.set_xticks(study.values, [f"{value:g}" for value in study.values])
     axis.minorticks_off()
     axis.set_xlabel(study.key)
-    axis.set_ylabel(f"validation loss after {study.combinations[0].sweep_steps} steps (nats)")
+    what = "loss (nats)" if study.score == "loss" else "error (%)"
+    axis.set_ylabel(f"validation {what} after {study.combinations[0].sweep_steps} steps")
     axis.grid(color="#e4e7eb")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

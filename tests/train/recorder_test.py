@@ -57,7 +57,10 @@ def test_the_last_steps_with_their_batches(guard, tmp_path):
     c = recorder._config
     for line in steps:
         assert line["batch"] == line["step"] + 2
-        assert line["ids"] == batch_ids(recorder._corpus, c.data, c.train.seed, line["batch"]) and len(line["ids"]) == 4
+        assert (
+            line["ids"] == batch_ids(recorder._corpus.train, c.data, c.train.seed, line["batch"])
+            and len(line["ids"]) == 4
+        )
 
 
 def test_the_stacks_of_all_threads(guard, tmp_path):

@@ -126,11 +126,12 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 def test_microbatches_have_randomness_of_their_own():
 
-    def total(p, batch, key):
+    def total(p, seen, batch, key):
         draw = jax.random.normal(key)
-        return p * draw, dict(first=draw, second=draw**2)
+        return p * draw, (dict(first=draw, second=draw**2), seen + jnp.sum(batch["mask"]))
 
-    _, sums = accumulate(total, jnp.float32(1.0), rows(), jax.random.key(0), 2)
+    _, sums, seen = accumulate(total, jnp.float32(1.0), jnp.float32(5.0), rows(), jax.random.key(0), 2)
+    assert float(seen) == 5 + 8, "extras pass from one microbatch to the next"
     assert float(sums["second"] - sums["first"] ** 2 / 2) > 1e-3  # twice the variance of the two draws
 
 
