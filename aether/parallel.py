@@ -290,6 +290,20 @@ def looked_up(table: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Ar
     return activation(constrain(table(constrain(ids, "data", None)), "data", None, "fsdp"))
 
 
+def fetched(state: nnx.State) -> nnx.State:
+    """Return a layer's state gathered over all axes but `tensor`, which keeps its share of what is named "mlp".
+
+    Convolutions need it: left to itself, XLA gives wrong numbers on a mesh that splits rows over data and fsdp, and
+    kernels over fsdp and tensor (jax 0.10).
+    """
+
+    def one(v: nnx.Variable) -> nnx.Variable:
+        names = v.get_metadata()["axes"][-v.ndim :]  # a layer of a stack has one axis less than names
+        return v.replace(constrain(v.get_value(), *("tensor" if name == "mlp" else None for name in names)))
+
+    return jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
 def split_axes(*axes: str) -> tuple[str, ...]:
     """Return which of these axes the mesh in force has more than one device along."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -19,21 +19,25 @@ from aether.config import ModelConfig
 from aether.models.block import dropout, remat
 from aether.nn import BatchNorm, Conv, Linear, YatConv2D, YatNMN
 from aether.nn.param import stack
-from aether.parallel import ROWS, constrain
+from aether.parallel import ROWS, constrain, fetched
 
-_FAN_IN = 128  # at which `model.conv_alpha` and `model.yat_bias` hold
+_FAN_IN = 128  # at which `model.yat_bias` holds
 _HEAD_STD = 0.02
 
 
 def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
-    """Return the options of a ⵟ unit, such that its output starts alike whatever its fan-in.
+    """Return the options of a ⵟ unit, such that its output starts at order one whatever its fan-in.
 
-    The cosine of a patch and a random prototype is about 1/√fan_in; b goes with it, and α undoes the square.
+    Plain prototypes have entries of standard deviation 1, as those of the stream: y ≈ α z² / 2 with z ~ N(0, 1). The
+    cosine with a random direction is z / √fan_in; there α undoes the square, and b is as small as the cosine.
     """
-    ratio = fan_in / _FAN_IN
-    learned = dict(use_bias=c.yat_bias > 0, softplus_bias=c.yat_bias > 0, bias_init=c.yat_bias * ratio**-0.5)
-    scale = dict(alpha_init=c.conv_alpha * ratio, epsilon=c.epsilon, learnable_epsilon=True)
-    return dict(**learned, **scale, spherical=c.spherical)
+    alpha, bias = c.conv_alpha, c.yat_bias
+    if c.conv_spherical:
+        alpha, bias = alpha * fan_in / 2, bias * (_FAN_IN / fan_in) ** 0.5
+    learned = dict(use_bias=bias > 0, softplus_bias=bias > 0, bias_init=bias, alpha_init=alpha)
+    denominator = dict(epsilon=c.epsilon, learnable_epsilon=True, spherical=c.conv_spherical)
+    kernel = {} if c.conv_spherical else dict(kernel_init=jax.nn.initializers.normal(1.0))
+    return dict(**learned, **denominator, **kernel)
 
 
 def _projection(c: ModelConfig) -> Any:
@@ -141,7 +145,8 @@ class Stage(nnx.Module):
         c = self.config
 
         def run(x: Array, part: tuple[nnx.GraphDef, nnx.State]) -> tuple[Array, nnx.State]:
-            block = nnx.merge(*part)
+            graph, state = part
+            block = nnx.merge(graph, fetched(state))
             x = block(checkpoint_name(_laid_out(x), "stream"), train)
             return x, nnx.state(block, nnx.BatchStat)
 
