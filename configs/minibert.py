@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.data.path = ""
     config.data.tokenizer = ""
     config.data.context = 128
-    config.data.batch_size = 32
-    config.train.steps = 3000
+    config.data.batch_size = 16
+    config.train.steps = 2000
     config.train.eval_every = 500
     config.train.log_every = 10
     config.checkpoint.every = 500

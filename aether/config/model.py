@@ -172,8 +172,8 @@ class ModelConfig(Section, prefix="model"):
             value = getattr(self, f.name)
             if f.metadata["auto"] and f.name not in (*OPEN[family], "size") and value not in (0, AUTO):
                 raise InputError(
-                    f"model.{f.name} is {value!r}, but {self.kind} has no such part; set it to {f.default!r}, or choose "
-                    "another model.kind."
+                    f"model.{f.name} is {value!r}, but {self.kind} has no such part; set it to {f.default!r}, or "
+                    "choose another model.kind."
                 )
         if self.head not in (AUTO, *HEADS[family]):
             raise InputError(

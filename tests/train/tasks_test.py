@@ -5,6 +5,9 @@ BatchNorm's statistics are carried, averaged, saved and restored as parameters a
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from aether.evaluate.run import evaluate_run
 from aether.testing import tiny_images, tiny_text
 from aether.train.loop import train
 from launch import cli, generate
+from launch.overrides import make_config
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +158,32 @@ def test_a_masked_language_model_learns_and_is_scored_again(tmp_path):
     assert found["loss"] == pytest.approx(last["validation"]["loss"], rel=1e-5)
     with pytest.raises(InputError, match="--pictures is 'here', but minibert reads text"):
         evaluate_run(str(tmp_path / "bert"), pictures="here")
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_score_as_one(place, tmp_path):
+    """Statistics are those of both halves of the batch; every image is scored once, 25 of them in batches of 16."""
+    text = f"""
+from ml_collections import ConfigDict
+from aether.config import default_config
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    for name, values in {config(place).to_json()!r}.items():
+        config[name].update(values)
+    config.data.validation = ConfigDict(dict(some={str(tiny_images(tmp_path, count=25))!r}))
+    config.checkpoint.every = 0
+    return config
+"""
+    file = tmp_path / "tiny.py"
+    file.write_text(text)
+    words = [f"--config={file}", f"--workdir={tmp_path / 'two'}"]
+    command = [sys.executable, "-m", "launch.local", "--processes=2", "--", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    train(make_config(str(file), []), str(tmp_path / "one"))
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [(a["step"], a["split"]) for a in one] == [(b["step"], b["split"]) for b in two]
+    assert two[-1]["images"] == 25
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
