@@ -22,21 +22,24 @@ from aether.nn.param import stack
 from aether.parallel import ROWS, constrain, fetched
 
 _FAN_IN = 128  # at which `model.yat_bias` holds
+_PLAIN_STD = 0.5  # of plain prototypes: on images better than 1 or 2, since Adam then turns them faster (LOG.md)
 _HEAD_STD = 0.02
 
 
 def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
     """Return the options of a ⵟ unit, such that its output starts at order one whatever its fan-in.
 
-    Plain prototypes have entries of standard deviation 1, as those of the stream: y ≈ α z² / 2 with z ~ N(0, 1). The
-    cosine with a random direction is z / √fan_in; there α undoes the square, and b is as small as the cosine.
+    Of plain prototypes with entries from N(0, σ²) and a stream of variance 1, y ≈ α z² σ² / (1 + σ²) with z ~ N(0, 1);
+    α makes that z² / 2. The cosine with a random direction is z / √fan_in; there α undoes the square, and b is as small
+    as the cosine.
     """
-    alpha, bias = c.conv_alpha, c.yat_bias
+    square = _PLAIN_STD**2
+    alpha, bias = c.conv_alpha * (1 + square) / (2 * square), c.yat_bias
     if c.conv_spherical:
-        alpha, bias = alpha * fan_in / 2, bias * (_FAN_IN / fan_in) ** 0.5
+        alpha, bias = c.conv_alpha * fan_in / 2, bias * (_FAN_IN / fan_in) ** 0.5
     learned = dict(use_bias=bias > 0, softplus_bias=bias > 0, bias_init=bias, alpha_init=alpha)
     denominator = dict(epsilon=c.epsilon, learnable_epsilon=True, spherical=c.conv_spherical)
-    kernel = {} if c.conv_spherical else dict(kernel_init=jax.nn.initializers.normal(1.0))
+    kernel = {} if c.conv_spherical else dict(kernel_init=jax.nn.initializers.normal(_PLAIN_STD))
     return dict(**learned, **denominator, **kernel)
 
 
