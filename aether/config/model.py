@@ -65,15 +65,17 @@ class ModelConfig(Section, prefix="model"):
         free=True,
     )
     rope_theta: float = knob(10000.0, "base of the rotary wavelengths", low=1.0)
-    spherical: bool = knob(True, "ⵟ on unit vectors x/|x|, w/|w|, but for convolutions")
-    conv_spherical: bool = knob(False, "the same for ⵟ convolutions, and the ⵟ head behind them")
-    epsilon: float = knob(0.3, "initial ε of the ⵟ denominator (learned)", low=1e-6)
+    spherical: bool = knob(True, "ⵟ on unit vectors x/|x|, w/|w|; in a transformer")
+    epsilon: float = knob(0.3, "initial ε of the ⵟ denominator (learned); in a transformer", low=1e-6)
     attention_alpha: float = knob(8.0, "initial α of attention scores (learned per head)", low=0.0)
     mlp_alpha: float = knob(16.0, "initial α of hidden units (learned per layer)", low=0.0)
-    conv_alpha: float = knob(
-        1.0, "initial α of ⵟ convolutions, in units that make their output of order one (learned per layer)", low=0.0
+    yat_bias: float = knob(
+        0.1, "initial b = softplus(bias) of ⵟ units (learned; 0: no bias); in a transformer", low=0.0
     )
-    yat_bias: float = knob(0.1, "initial b = softplus(bias) of ⵟ units (learned; 0: no bias)", low=0.0)
+    conv_spherical: bool = knob(False, "the same four of a ResNet's ⵟ convolutions: on unit vectors")
+    conv_epsilon: float = knob(1.0, "initial ε", low=1e-6)
+    conv_alpha: float = knob(1.0, "initial α, in units that make the output of order one", low=0.0)
+    conv_bias: float = knob(0.5, "initial b", low=0.0)
     embed_std: float = knob(
         0.0, "initial standard deviation of embeddings (0: 1 for ⵟ networks, 0.02 for baselines)", low=0.0, auto=True
     )

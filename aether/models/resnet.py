@@ -21,8 +21,8 @@ from aether.nn import BatchNorm, Conv, Linear, YatConv2D, YatNMN
 from aether.nn.param import stack
 from aether.parallel import ROWS, constrain, fetched
 
-_FAN_IN = 128  # at which `model.yat_bias` holds
-_PLAIN_STD = 0.5  # of plain prototypes: on images better than 1 or 2, since Adam then turns them faster (LOG.md)
+_FAN_IN = 128  # at which `model.conv_bias` holds for spherical units
+_PLAIN_STD = 0.5  # of plain prototypes; measured better than 1 and 2 (LOG.md)
 _HEAD_STD = 0.02
 
 
@@ -34,11 +34,11 @@ def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
     as the cosine.
     """
     square = _PLAIN_STD**2
-    alpha, bias = c.conv_alpha * (1 + square) / (2 * square), c.yat_bias
+    alpha, bias = c.conv_alpha * (1 + square) / (2 * square), c.conv_bias
     if c.conv_spherical:
         alpha, bias = c.conv_alpha * fan_in / 2, bias * (_FAN_IN / fan_in) ** 0.5
     learned = dict(use_bias=bias > 0, softplus_bias=bias > 0, bias_init=bias, alpha_init=alpha)
-    denominator = dict(epsilon=c.epsilon, learnable_epsilon=True, spherical=c.conv_spherical)
+    denominator = dict(epsilon=c.conv_epsilon, learnable_epsilon=True, spherical=c.conv_spherical)
     kernel = {} if c.conv_spherical else dict(kernel_init=jax.nn.initializers.normal(_PLAIN_STD))
     return dict(**learned, **denominator, **kernel)
 
