@@ -54,7 +54,7 @@ def target_of(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def check(saved: dict[str, Any], wanted: dict[str, Any], scope: str, where: str) -> None:
+def check(saved: dict[str, Any], wanted: dict[str, Any], scope: str | tuple[str, ...], where: str) -> None:
     """Raise `InputError` at the first array whose name, shape or dtype is not the one wanted."""
     for name, leaf in wanted.items():
         target = target_of(leaf)

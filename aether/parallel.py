@@ -291,7 +291,7 @@ def looked_up(table: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Ar
 
 
 def fetched(state: nnx.State) -> nnx.State:
-    """Return a layer's state gathered over all axes but `tensor`, which keeps its share of what is named "mlp".
+    """Return a layer's state gathered over all axes but `tensor`, which keeps its share.
 
     Convolutions need it: left to itself, XLA gives wrong numbers on a mesh that splits rows over data and fsdp, and
     kernels over fsdp and tensor (jax 0.10).
@@ -299,7 +299,8 @@ def fetched(state: nnx.State) -> nnx.State:
 
     def one(v: nnx.Variable) -> nnx.Variable:
         names = v.get_metadata()["axes"][-v.ndim :]  # a layer of a stack has one axis less than names
-        return v.replace(constrain(v.get_value(), *("tensor" if name == "mlp" else None for name in names)))
+        kept = ("tensor" if name and RULES[name] == ("tensor",) else None for name in names)
+        return v.replace(constrain(v.get_value(), *kept))
 
     return jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 

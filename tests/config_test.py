@@ -131,6 +131,13 @@ def test_parts_that_a_family_does_not_have_are_refused(model, message):
         with_(model=model).resolved(0, PICTURES)
 
 
+def test_what_a_task_has_no_use_for_is_refused():
+    with pytest.raises(InputError, match="image.flip is True, but gpt2 reads text; set it to False"):
+        with_(model=dict(kind="gpt2"), image=dict(flip=True)).resolved(10)
+    with pytest.raises(InputError, match="train.z_loss is 0.1, which is for texts"):
+        with_(model=dict(kind="resnet"), train=dict(z_loss=0.1)).resolved(0, PICTURES)
+
+
 def test_the_images_own_size_and_statistics_fill_what_is_left_open():
     config = with_(model=dict(kind="resnet"), image=dict(size=16, std=0.5)).resolved(0, PICTURES)
     assert (config.image.size, config.image.channels, config.image.mean, config.image.std) == (16, 3, 0.5, 0.5)

@@ -115,13 +115,13 @@ class Checkpoints:
           step: of the checkpoint; the newest by default.
           averaged: read the averages of both.
         """
-        both = nnx.merge_state(params, extras)
-        if averaged or not jax.tree.leaves(extras):
-            read, _, found = self.restore_params(both, step, part="ema" if averaged else "params")
-            return read, found
-        read, _, found = self.restore_params(params, step)
-        rest, _, _ = self.restore_params(extras, found, part="extras")
-        return nnx.merge_state(read, rest), found
+        parts = {"ema": nnx.merge_state(params, extras)} if averaged else {"params": params, "extras": extras}
+        named = {part: arrays.named_leaves(like) for part, like in parts.items()}
+        wanted = {f"{part}/{name}": leaf for part, leaves in named.items() for name, leaf in leaves.items()}
+        values, _, found, _ = self._newest(wanted, step, tuple(f"{part}/" for part in parts))
+        left = iter(values)
+        read = [jax.tree.map(lambda _: next(left), like) for like in parts.values()]
+        return nnx.merge_state(*read), found
 
     def before(self, step: int) -> int | None:
         """Return the newest step that is no later than `step`, or None."""
@@ -192,7 +192,7 @@ class Checkpoints:
             self._home.set_aside(damaged)
 
     def _newest(
-        self, wanted: dict[str, Any], step: int | None, scope: str, at_most: int | None = None
+        self, wanted: dict[str, Any], step: int | None, scope: str | tuple[str, ...], at_most: int | None = None
     ) -> tuple[list[Any], dict[str, Any], int, list[int]]:
         """Return (values, meta, step, the damaged steps passed over)."""
         found: list[int] = self._together.ask("main", self._home.steps)
@@ -214,7 +214,9 @@ class Checkpoints:
                     damaged.append(left[-1])
         raise StorageError(f"None of the checkpoints in {self.directory} can be read ({', '.join(map(str, there))}).")
 
-    def _load(self, step: int, wanted: dict[str, Any], scope: str) -> tuple[list[Any], dict[str, Any]]:
+    def _load(
+        self, step: int, wanted: dict[str, Any], scope: str | tuple[str, ...]
+    ) -> tuple[list[Any], dict[str, Any]]:
         """Return (values, meta) of one step; all processes succeed or all raise the same."""
         folder: Any = self._home / step
         with contextlib.ExitStack() as stack:
@@ -227,7 +229,7 @@ class Checkpoints:
             self._together.agree("read", error)
         return values, record["meta"]
 
-    def _verified(self, step: int, folder: Any, wanted: dict[str, Any], scope: str) -> dict[str, Any]:
+    def _verified(self, step: int, folder: Any, wanted: dict[str, Any], scope: str | tuple[str, ...]) -> dict[str, Any]:
         """Return the record of a checkpoint that is sound and has what is wanted. Process 0 calls it."""
         with self._reading(step):
             record = read_record(folder)

@@ -71,6 +71,7 @@ class Config:
             )
         model = self.model.resolved(pictures.classes if pictures else vocab, image.size)
         rate = self.optim.learning_rate or LEARNING_RATES[model.family][model.size] * RATE_FACTORS[model.kind]
+        self._check_task()
         length = self.optim.schedule_steps or self.train.steps
         optim = dataclasses.replace(self.optim, learning_rate=rate, schedule_steps=length)
         if self.data.batch_size % self.train.accumulate:
@@ -79,6 +80,19 @@ class Config:
                 "make the batch a multiple of the microbatches."
             )
         return dataclasses.replace(self, model=model, image=image, optim=optim)
+
+    def _check_task(self) -> None:
+        """Refuse what the task has no use for."""
+        if self.unit == "images":
+            if self.train.z_loss:
+                raise InputError(f"train.z_loss is {self.train.z_loss}, which is for texts; set it to 0.")
+            return
+        for f in dataclasses.fields(self.image):
+            value = getattr(self.image, f.name)
+            if value != f.default:
+                raise InputError(
+                    f"image.{f.name} is {value!r}, but {self.model.kind} reads text; set it to {f.default!r}."
+                )
 
     @property
     def unit(self) -> str:

@@ -13,8 +13,9 @@ from aether.models.text import TextModel
 class Bert(TextModel):
     """A bidirectional encoder; see `TextModel`.
 
-    The id `c.vocab` is the mask: it is read and never predicted. Against BERT (Devlin et al., 2019) norms stand before
-    the branches, there is no second sentence, and hidden states go to the head as they are.
+    The mask is the first id that the tokenizer does not have, `c.vocab` by default: read and never predicted. Against
+    BERT (Devlin et al., 2019) norms stand before the branches, there is no second sentence, and hidden states go to the
+    head as they are.
 
     Args:
       c: the resolved configuration.

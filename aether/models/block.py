@@ -105,15 +105,18 @@ def through(
         x = checkpoint_name(activation(x), "stream")
         return nnx.merge(graph, params)(x, positions, segments, cache, key)
 
-    body = remat(block, c.remat, c.kept_names())
+    body = remat(c, block, looped=c.scan_layers and c.layers > 1)
     with jax.named_scope("blocks"):
         x, cache = jax.lax.scan(body, x, (state, cache, keys), unroll=1 if c.scan_layers else c.layers)
     return activation(x), cache
 
 
-def remat(block: Callable, policy: str, names: list[str]) -> Callable:
-    """Wrap a block so that its backward pass recomputes what `policy` (of `model.remat`) does not keep."""
-    if policy == "none":
+def remat(c: ModelConfig, block: Callable, *, looped: bool) -> Callable:
+    """Wrap a block so that its backward pass recomputes what `model.remat` does not keep.
+
+    In a loop that stays one, nothing more is needed; elsewhere XLA has to be kept from merging what is computed twice.
+    """
+    if c.remat == "none":
         return block
     policies = jax.checkpoint_policies
     choice: dict[str, Callable[[], Any]] = {
@@ -121,7 +124,7 @@ def remat(block: Callable, policy: str, names: list[str]) -> Callable:
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("product")
         ),
         "full": lambda: policies.nothing_saveable,
-        "names": lambda: policies.save_only_these_names(*names),
+        "names": lambda: policies.save_only_these_names(*c.kept_names()),
         "offload": lambda: policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=["stream"],
@@ -129,7 +132,7 @@ def remat(block: Callable, policy: str, names: list[str]) -> Callable:
             offload_dst="pinned_host",
         ),
     }
-    return jax.checkpoint(block, policy=choice[policy](), prevent_cse=False)
+    return jax.checkpoint(block, policy=choice[c.remat](), prevent_cse=not looped)
 
 
 def layer_norm(c: ModelConfig) -> LayerNorm | None:

@@ -6,7 +6,6 @@ bottlenecks 1×1 → ⵟ 3×3 → 1×1. The baseline's are convolution → Batch
 Axes: b rows, h and w places, c channels.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -16,14 +15,13 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from aether.config import ModelConfig
-from aether.models.block import dropout, remat
+from aether.models.block import USUAL_STD, dropout, remat
 from aether.nn import BatchNorm, Conv, Linear, YatConv2D, YatNMN
 from aether.nn.param import stack
 from aether.parallel import ROWS, constrain, fetched
 
 _FAN_IN = 128  # at which `model.conv_bias` holds for spherical units
 _PLAIN_STD = 0.5  # of plain prototypes; measured better than 1 and 2 (LOG.md)
-_HEAD_STD = 0.02
 
 
 def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
@@ -43,25 +41,20 @@ def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
     return dict(**learned, **denominator, **kernel)
 
 
-def _projection(c: ModelConfig) -> Any:
-    """Return the initialiser of the last convolution of a branch: N(0, s²/fan_in), each kernel of zero sum.
+def _projection(c: ModelConfig) -> dict[str, Any]:
+    """Return the options of the last convolution of a branch: N(0, s²/fan_in), and kernels of zero sum, always.
 
     With s = 1/√(2 · blocks) all branches together add about half the stream's variance. Outputs of ⵟ units are positive
-    and their mean is as large as what varies; kernels of zero sum do not see it.
+    and their mean is as large as what varies: let through, it would make all patches of the stream alike (LOG.md).
     """
-    scale = (2 * sum(c.blocks)) ** -0.5
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-        kernel = jax.random.normal(key, shape, dtype) * (scale / math.prod(shape[:-1]) ** 0.5)
-        return kernel - jnp.mean(kernel, tuple(range(len(shape) - 1)), keepdims=True)
-
-    return init
+    variance = 1 / (2 * sum(c.blocks))
+    return dict(zero_sum=True, kernel_init=jax.nn.initializers.variance_scaling(variance, "fan_in", "normal"))
 
 
 def _head(c: ModelConfig, width: int, rngs: nnx.Rngs) -> Linear | YatNMN:
     axes: Any = ("embed", None)
     if c.head == "linear":
-        return Linear(width, c.classes, std=_HEAD_STD, axes=axes, rngs=rngs)
+        return Linear(width, c.classes, std=USUAL_STD, axes=axes, rngs=rngs)
     return YatNMN(width, c.classes, axes=axes, rngs=rngs, **_unit(c, width))
 
 
@@ -74,8 +67,7 @@ class YatBlock(nnx.Module):
         self.reduce = Conv(width, features, (1, 1), use_bias=False, **shared) if c.bottleneck else None
         unit = _unit(c, 9 * inner)
         self.hidden = YatConv2D(inner, features, 3, strides, padding=1, **unit, **shared)
-        project = dict(kernel_init=_projection(c), padding=k // 2, axes=("mlp", "embed"))
-        self.out = Conv(features, out, (k, k), **project, **shared)
+        self.out = Conv(features, out, (k, k), padding=k // 2, axes=("mlp", "embed"), **_projection(c), **shared)
         changes = strides > 1 or width != out
         self.skip = Conv(width, out, (1, 1), strides, use_bias=False, **shared) if changes else None
 
@@ -154,11 +146,11 @@ class Stage(nnx.Module):
             return x, nnx.state(block, nnx.BatchStat)
 
         graph, state = nnx.split(self.first)
-        x, statistics = remat(lambda x, state: run(x, (graph, state)), c.remat, c.kept_names())(x, state)
+        x, statistics = remat(c, lambda x, state: run(x, (graph, state)), looped=False)(x, state)
         nnx.update(self.first, statistics)
         if self.rest is not None:
             rest, state = nnx.split(self.rest)
-            body = remat(lambda x, state: run(x, (rest, state)), c.remat, c.kept_names())
+            body = remat(c, lambda x, state: run(x, (rest, state)), looped=c.scan_layers and self.length > 1)
             x, statistics = jax.lax.scan(body, x, state, unroll=1 if c.scan_layers else self.length)
             nnx.update(self.rest, statistics)
         return x

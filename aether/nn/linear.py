@@ -109,6 +109,8 @@ class Conv(nnx.Module):
       strides: steps of the window; one number, or one for each axis.
       padding: as in `aether.nn.YatConv`.
       kernel_init: of `jax.nn.initializers`; N(0, 1/fan_in) by default.
+      zero_sum: use each kernel less its mean over places and channels, so that y does not see a number that is added to
+        all entries of x: what weight standardization does without its scale (Brock et al., 2021, arXiv 2101.08692).
       use_bias: add a bias, 0 at first.
       axes: logical names of the kernel's last two axes.
       dtype: compute dtype; parameters are float32.
@@ -124,6 +126,7 @@ class Conv(nnx.Module):
         *,
         padding: Padding = "SAME",
         kernel_init: Initializer | None = None,
+        zero_sum: bool = False,
         use_bias: bool = True,
         axes: tuple[str | None, str | None] = ("embed", "mlp"),
         dtype: str = "float32",
@@ -138,11 +141,14 @@ class Conv(nnx.Module):
         self.bias = constant((out_features,), 0.0, axes[1:]) if use_bias else None
         self.strides = per_axis(strides, n, "strides")
         self.padding = check_padding(padding, n, CONV_PADDINGS)
-        self.dtype = compute_dtype(dtype)
+        self.zero_sum, self.dtype = zero_sum, compute_dtype(dtype)
 
     def __call__(self, x: Array) -> Array:
         """Map (b, spatial..., in_features) to (b, places..., out_features) in the compute dtype."""
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = self.kernel[...]
+        if self.zero_sum:
+            kernel = kernel - jnp.mean(kernel, tuple(range(kernel.ndim - 1)), keepdims=True)
+        kernel = kernel.astype(self.dtype)
         x, window = conv_window(x.astype(self.dtype), kernel.shape[:-2], strides=self.strides, padding=self.padding)
         layout = channels_last(x.ndim)
         y = jax.lax.conv_general_dilated(x, kernel, window.strides, window.pads, dimension_numbers=layout)

@@ -24,19 +24,26 @@ def matrix_parameters(params: Any) -> int:
 def flops_per_step(config: Config) -> int:
     """Return the FLOPs of a resolved config's step, forward and backward, without what rematerialisation repeats.
 
-    Of a transformer of text, a token: 6 · (matrix parameters) + 12 · layers · width · context (Chowdhery et al., 2022).
-    Of images: three times the products and convolutions of a forward pass as it is traced.
+    Of a transformer of text, a token: 6 · (matrix parameters) + 12 · layers · width · context (Chowdhery et al.).
+    Of images, and with linear attention: three times the products and convolutions of a forward pass as it is traced.
     """
     m = config.model
-    if config.unit == "tokens":
+    if config.unit == "tokens" and m.attention != "yat_linear":
         _, params, _ = describe_model(config)
         per_token = 6 * matrix_parameters(params) + 12 * m.layers * m.width * config.data.context
         return per_token * config.per_step
     image, whole = config.image, dataclasses.replace(m, attention_impl="plain")  # kernels say nothing of their products
     graph, params, extras = describe_model(dataclasses.replace(config, model=whole))
     shape = jax.ShapeDtypeStruct((1, image.size, image.size, image.channels), jnp.float32)
-    traced = jax.make_jaxpr(lambda p, e, x: nnx.merge(graph, p, e)(x))(params, extras, shape)
-    return 3 * config.per_step * product_flops(traced.jaxpr)
+    if config.unit == "tokens":
+        shape = jax.ShapeDtypeStruct((1, config.data.context), jnp.int32)
+
+    def forward(params: nnx.State, extras: nnx.State, x: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params, extras)
+        return model(x) if config.unit == "images" else model.logits(model(x))
+
+    traced = jax.make_jaxpr(forward)(params, extras, shape)
+    return 3 * config.data.batch_size * product_flops(traced.jaxpr)
 
 
 def product_flops(jaxpr: Jaxpr) -> int:

@@ -29,7 +29,8 @@ def check_expressions(c: OptimConfig) -> None:
 def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
     """Return the transformation from gradients to steps of learning rate 1: clip, AdamW or Muon, decay.
 
-    Muon orthogonalises the matrices inside the stacked blocks; embeddings, head and vectors stay with Adam. Its steps
+    Muon orthogonalises the matrices inside the stacked blocks, and kernels of convolutions as matrices from patches to
+    features; embeddings, stem, head and vectors stay with Adam. Its steps
     are scaled to Adam's size (Liu et al., 2025, arXiv 2502.16982), so that both share one learning rate.
     """
     check_expressions(c)
@@ -53,7 +54,12 @@ def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
 def _muon_axes(params: Any) -> Any:
     def one(v: nnx.Variable) -> MuonDimensionNumbers | None:
         axes = v.get_metadata()["axes"]
-        return MuonDimensionNumbers(1, 2) if axes[0] == "layers" and len(axes) == 3 else None
+        inside = axes[1:] if axes[0] == "layers" else axes
+        stacked, n = len(axes) - len(inside), len(axes)
+        if stacked and len(inside) == 2:
+            return MuonDimensionNumbers(1, 2)
+        window = len(inside) > 2 and None not in inside[-2:]  # a convolution's kernel: (window and channels) x features
+        return MuonDimensionNumbers(tuple(range(stacked, n - 1)), n - 1) if window else None
 
     return jax.tree.map(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
 

@@ -122,10 +122,10 @@ def make_step(
             accuracy=sums["correct"] / weight,
             grad_norm=grad_norm,
             learning_rate=rate,
-            tokens=sums["weight"],
             skipped=state.skipped,
             skipped_in_a_row=row,
         )
+        metrics[config.unit] = sums["weight"]
         if window is not None:
             metrics["spike"] = spike.astype(jnp.int32)
         return state, metrics | stops

@@ -31,6 +31,7 @@ def test_linear(rng):
         ((1, 1), (3, 4), dict(strides=2, padding=0)),
         ((7, 7), (6, 5), dict(strides=2, padding=3)),
         ((2, 3), (4, 4), dict(padding="SAME")),
+        ((3, 3), (4, 4), dict(padding=1, zero_sum=True)),
     ],
 )
 def test_conv(rng, size, sides, options):
@@ -40,8 +41,11 @@ def test_conv(rng, size, sides, options):
     graph, params = nnx.split(layer)
     x = np.asarray(rng.normal(size=(2, *sides, 2)), np.float32)
 
+    window = {k: v for k, v in options.items() if k != "zero_sum"}
+
     def formula(x, w, b):
-        return reference.yat_conv(x, w, **options, of=lambda patch, kernel: patch @ kernel) + b
+        w = w - w.mean(tuple(range(w.ndim - 1))) if "zero_sum" in options else w
+        return reference.yat_conv(x, w, **window, of=lambda patch, kernel: patch @ kernel) + b
 
     want = formula(np.float64(x), layer.kernel[...], np.asarray(layer.bias[...]))
     y = jax.jit(lambda p, x: nnx.merge(graph, p)(x), compiler_options=FAST)(params, x)

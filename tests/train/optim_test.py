@@ -10,7 +10,7 @@ from flax import nnx
 
 from aether.config import OptimConfig
 from aether.errors import InputError
-from aether.models import MODELS
+from aether.models import describe_model
 from aether.testing import tiny_config
 from aether.train.optim import decay_mask, learning_rate_scales, make_optimizer, make_schedule, name
 
@@ -35,7 +35,7 @@ def named(tree):
 
 def params_of(kind):
     c = tiny_config(kind)
-    return nnx.state(nnx.eval_shape(lambda: MODELS[kind](c.model, 8, nnx.Rngs(0))))
+    return describe_model(c)[1]
 
 
 def adamw(c, params, grads_of_steps, decayed, nesterov=False):
@@ -56,7 +56,7 @@ def adamw(c, params, grads_of_steps, decayed, nesterov=False):
     return params
 
 
-def run(c, params, grads_of_steps):
+def run(c, params, grads_of_steps, shapes=SHAPES):
     optimizer = make_optimizer(c)
     state = optimizer.init(params)
 
@@ -66,7 +66,7 @@ def run(c, params, grads_of_steps):
         return jax.tree.map(lambda p, u: p + 0.01 * u, params, updates), state
 
     for grads in grads_of_steps:
-        grads = nnx.State({k: nnx.Param(jnp.asarray(g, jnp.float32), axes=SHAPES[k][1]) for k, g in grads.items()})
+        grads = nnx.State({k: nnx.Param(jnp.asarray(g, jnp.float32), axes=shapes[k][1]) for k, g in grads.items()})
         params, state = step(params, state, grads)
     return {k: np.asarray(v, np.float64) for k, v in named(params).items()}
 
@@ -95,6 +95,26 @@ def test_muon_makes_each_matrix_of_a_stack_nearly_orthogonal_and_leaves_the_rest
     adam = adamw(OptimConfig(clip=0.0), before, grads[:1], set(), nesterov=True)  # optax's muon brings this one
     for k in ("table", "bias"):
         np.testing.assert_allclose(got[k], adam[k], atol=2e-6, err_msg=k)
+
+
+def test_muon_takes_the_kernels_of_convolutions_as_matrices(rng):
+    """From patches to features, each layer of a stack apart; not the stem's, whose channels are those of the images."""
+    shapes = {
+        "first": ((3, 3, 2, 4), (None, None, "embed", "mlp")),
+        "rest": ((2, 3, 3, 2, 4), ("layers", None, None, "embed", "mlp")),
+        "stem": ((3, 3, 1, 4), (None, None, None, "embed")),
+    }
+    params = nnx.State(
+        {k: nnx.Param(jnp.asarray(rng.normal(size=s), jnp.float32), axes=a) for k, (s, a) in shapes.items()}
+    )
+    before = named(params)
+    grads = [{k: rng.normal(size=s) for k, (s, _) in shapes.items()}]
+    got = run(OptimConfig(name="muon", clip=0.0, weight_decay=0.0), params, grads, shapes)
+    moves = {k: (np.asarray(got[k]) - np.asarray(before[k])) / 0.01 for k in shapes}
+    for move in (moves["first"], *moves["rest"]):
+        values = np.linalg.svd(move.reshape(18, 4))[1]
+        np.testing.assert_allclose(values, values.mean(), rtol=0.35)
+    np.testing.assert_allclose(np.abs(moves["stem"]), 1.4737, rtol=1e-3)  # the first step of Adam, by its sign alone
 
 
 def test_decay_is_for_matrices_by_path():
