@@ -75,7 +75,7 @@ class ModelConfig(Section, prefix="model"):
     conv_spherical: bool = knob(False, "the same four of a ResNet's ⵟ convolutions: on unit vectors")
     conv_epsilon: float = knob(1.0, "initial ε", low=1e-6)
     conv_alpha: float = knob(1.0, "initial α, in units that make the output of order one", low=0.0)
-    conv_bias: float = knob(0.5, "initial b", low=0.0)
+    conv_bias: float = knob(0.25, "initial b", low=0.0)
     embed_std: float = knob(
         0.0, "initial standard deviation of embeddings (0: 1 for ⵟ networks, 0.02 for baselines)", low=0.0, auto=True
     )

@@ -21,7 +21,8 @@ from aether.nn.param import stack
 from aether.parallel import ROWS, constrain, fetched
 
 _FAN_IN = 128  # at which `model.conv_bias` holds for spherical units
-_PLAIN_STD = 0.5  # of plain prototypes; measured better than 1 and 2 (LOG.md)
+_PLAIN_STD = 0.25  # of plain prototypes; measured better than 0.5, 1 and 2 (LOG.md)
+_STEM_GAIN = 3.0  # differences of neighbouring pixels are a third as large as the pixels
 
 
 def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
@@ -39,6 +40,16 @@ def _unit(c: ModelConfig, fan_in: int) -> dict[str, Any]:
     denominator = dict(epsilon=c.conv_epsilon, learnable_epsilon=True, spherical=c.conv_spherical)
     kernel = {} if c.conv_spherical else dict(kernel_init=jax.nn.initializers.normal(_PLAIN_STD))
     return dict(**learned, **denominator, **kernel)
+
+
+def _stem_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Draw kernels from N(0, 1/fan_in) times a gain, each of zero sum over the places of a channel.
+
+    Such kernels see edges. Brightness, which neighbouring places share, would make patches of the stream alike, and ⵟ
+    units compare patches as wholes (LOG.md).
+    """
+    kernel = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")(key, shape, dtype)
+    return _STEM_GAIN * (kernel - jnp.mean(kernel, (0, 1), keepdims=True))
 
 
 def _projection(c: ModelConfig) -> dict[str, Any]:
@@ -181,7 +192,9 @@ class ResNet(nnx.Module):
         if c.kind == "resnet":
             self.stem = NormalizedConv(channels, c.width, size, strides, **shared)
         else:
-            self.stem = Conv(channels, c.width, (size, size), strides, padding=size // 2, **shared)
+            self.stem = Conv(
+                channels, c.width, (size, size), strides, padding=size // 2, kernel_init=_stem_init, **shared
+            )
         width, stages = c.width, []
         for k, blocks in enumerate(c.blocks):
             features = c.width * 2**k
