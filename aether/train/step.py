@@ -76,7 +76,8 @@ def make_step(
     seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
 
     def total(params: Any, extras: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        model = nnx.merge(graph, params, extras)
+        own = jax.tree.map(lambda x: x, extras)  # new variables: those from outside of the gradient cannot be set
+        model = nnx.merge(graph, params, own)
         value, sums = loss(model, batch, key)
         return value, (sums, nnx.state(model, nnx.Not(nnx.Param)))
 
