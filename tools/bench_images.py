@@ -17,10 +17,8 @@ import numpy as np
 from PIL import Image
 
 from aether.config import DataConfig, ImageConfig
-from aether.data.corpus import open_corpus
 from aether.data.images.load import load_images
 from aether.data.images.sets import ImageSet
-from aether.data.loader import Batch, train_batches
 from aether.errors import InputError
 from launch.overrides import make_config
 from tools import bench_step
@@ -42,11 +40,15 @@ def against_step(args: Any) -> dict[str, Any]:
       InputError: the config's data are texts, or cannot be opened.
     """
     config = make_config(args.config, args.override)
+    device = here(args.backend, args.memory)
+    from aether.data.corpus import open_corpus  # Grain imports JAX, of which the device is chosen before
+    from aether.data.loader import train_batches
+
     if config.unit != "images":
         raise InputError(f"--what=images takes a config of images, and {args.config} is of {config.model.kind}.")
     corpus = open_corpus(config)
     config = corpus.resolved(config)
-    call = bench_step.compiled(config, here(args.backend, args.memory).mesh).start()
+    call = bench_step.compiled(config, device.mesh).start()
     batches = train_batches(corpus.train, replace(config.data, workers=0), config.train.seed)
     seconds(call)
     length, pairs = seconds(call), []
@@ -63,7 +65,7 @@ def against_step(args: Any) -> dict[str, Any]:
     )
 
 
-def loaded(batches: Iterator[Batch], ahead: int, least: float = 1.0) -> float:
+def loaded(batches: Iterator[Any], ahead: int, least: float = 1.0) -> float:
     """Return the images a second that come out of the loader, after those that it has read ahead."""
     for _ in range(ahead + 1):
         next(batches)
