@@ -73,8 +73,7 @@ def compiled(config: Config, mesh: Any) -> Program:
     program = compile_step(config, graph, loss, like, mesh)
 
     def total(params: Any, extras: Any, batch: Any) -> Any:
-        own = jax.tree.map(lambda x: x, extras)  # new variables, as the call sets statistics
-        return loss(nnx.merge(graph, params, own), batch, jax.random.key(0))[0]
+        return loss(nnx.merge(graph, params, extras, copy=True), batch, jax.random.key(0))[0]
 
     with jax.set_mesh(mesh):
         shapes = like.params, like.extras, batch_shapes(config, mesh)

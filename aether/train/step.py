@@ -76,8 +76,7 @@ def make_step(
     seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
 
     def total(params: Any, extras: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        own = jax.tree.map(lambda x: x, extras)  # new variables: those from outside of the gradient cannot be set
-        model = nnx.merge(graph, params, own)
+        model = nnx.merge(graph, params, extras, copy=True)  # variables of this trace, which a loss may change
         value, sums = loss(model, batch, key)
         return value, (sums, nnx.state(model, nnx.Not(nnx.Param)))
 
@@ -123,10 +122,10 @@ def make_step(
             accuracy=sums["correct"] / weight,
             grad_norm=grad_norm,
             learning_rate=rate,
-            tokens=sums["weight"],
             skipped=state.skipped,
             skipped_in_a_row=row,
         )
+        metrics[config.unit] = sums["weight"]
         if window is not None:
             metrics["spike"] = spike.astype(jnp.int32)
         return state, metrics | stops
