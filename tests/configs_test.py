@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from aether.config import Pictures, build, knobs
-from aether.config.kinds import OPEN
+from aether.config.kinds import BASELINES, OPEN
 from launch.overrides import load_config, make_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.py"))
-BASELINES = {"aether": "gpt2", "minibert": "bert", "aether_resnet": "resnet", "aether_vit": "vit"}
 VOCABULARY = {"bytes": 257, "chars": 66}
 
 

@@ -4,7 +4,8 @@ python -m tools.bench --what=dense      ⵟ → Linear against LayerNorm → Lin
 python -m tools.bench --what=conv       ⵟ-convolution against Conv → BatchNorm → ReLU, and nmn's
 python -m tools.bench --what=attention  ⵟ-attention against dot-product attention, and nmn's, by length
 python -m tools.bench --what=linear     linear attention against both, by length
-python -m tools.bench --what=step       the whole training step of AetherGPT and GPT-2, by size
+python -m tools.bench --what=step       the whole training step of AetherGPT and GPT-2, by size; with --config=FILE that
+                                        of any network and of its baseline
 python -m tools.bench                   all of these: forward and backward, time, memory, operations; --json for JSON
   --compile_only=v5e:2x2                cycles, memory and traffic by that TPU's compiler instead of times; needs no TPU
   --backend=cpu|gpu|tpu                 which of this machine's devices
@@ -12,7 +13,8 @@ python -m tools.bench                   all of these: forward and backward, time
 python -m tools.bench --what=loop       the training loop against the bare jitted step on the same batches
 python -m tools.bench --what=startup    from the command to the first step of the quickstart, cold and warm
 python -m tools.bench --what=reader     tokens a second of the data reader alone
-python -m tools.bench --what=images     images a second of reading, decoding and augmenting, in one process
+python -m tools.bench --what=images     images a second of reading, decoding and augmenting, in one process; with
+                                        --config=FILE of its loader, and of the step that it feeds
 python -m tools.bench --what=decode     decoding with the key/value cache against recomputing
 python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
 python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
@@ -25,6 +27,9 @@ python -m tools.bench --what=attention --lengths=2048 --dtype=float32 --backend=
 python -m tools.bench --what=attention --lengths=4096,16384 --backend=gpu --only=auto       cuDNN
 python -m tools.bench --what=step --sizes=350m --backend=gpu                                MFU
 python -m tools.bench --what=conv --backend=cpu                                             BatchNorm
+python -m tools.bench --what=step --config=configs/cifar10_resnet18.py --config.image.size=32 \\
+    --config.model.classes=10 --compile_only=v5e:1x1                                        ResNet
+python -m tools.bench --what=images --config=configs/digits.py --backend=cpu                loader, step
 
 Ratios are to the first row of a table. `saved` are the bytes kept from forward to backward
 (`tools.bench_compare.saved_bytes`), `temp` the program's scratch memory; FLOPs of products count loops by their trips.
@@ -69,7 +74,7 @@ LINES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = dict(
     loop=lambda args: iter([bench_stack.loop(args)]),
     startup=lambda args: iter([bench_stack.startup(args)]),
     reader=lambda args: iter([bench_stack.reader(args)]),
-    images=lambda args: bench_images.rows(args.rounds),
+    images=bench_images.rows,
     decode=lambda args: iter([bench_stack.decode(args)]),
     layers=lambda args: bench_layers.rows(here(args.backend, args.memory), args.rounds),
     save=lambda args: bench_save.rows(args.mb, args.rounds),
@@ -91,7 +96,9 @@ flags.DEFINE_bool("biases", True, "linear maps have biases (dense)", flag_values
 flags.DEFINE_list("lengths", [], "of attention (512 ... 65536, on a CPU to 2048)", flag_values=FLAGS)
 flags.DEFINE_integer("heads", 12, "of attention, each 64 wide", flag_values=FLAGS, lower_bound=1)
 flags.DEFINE_list("sizes", [], "of models (step; 124m, on a CPU tiny)", flag_values=FLAGS)
-flags.DEFINE_integer("batch", 0, "images (conv; 0: 256, on a CPU 32), sequences (step; 0: 8)", 0, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "batch", 0, "images (conv; 0: 256, on a CPU 32), rows (step; 0: 8, or the config's)", 0, flag_values=FLAGS
+)
 flags.DEFINE_integer("context", 0, "tokens a sequence (step; 0: the config's)", 0, flag_values=FLAGS)
 flags.DEFINE_integer("steps", 100, "training steps a round (loop)", flag_values=FLAGS, lower_bound=20)
 flags.DEFINE_list("mb", ["10", "500"], "sizes of the state in MB (save)", flag_values=FLAGS)

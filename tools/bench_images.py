@@ -1,4 +1,7 @@
-"""What `python -m tools.bench --what=images` measures: pictures a second that one process reads and augments."""
+"""What `python -m tools.bench --what=images` measures: pictures a second that one process reads and augments.
+
+Of a config it is the trainer's loader, and beside it the training step that it has to feed.
+"""
 
 import itertools
 import os
@@ -6,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,63 @@ from PIL import Image
 from aether.config import DataConfig, ImageConfig
 from aether.data.images.load import load_images
 from aether.data.images.sets import ImageSet
+from aether.errors import InputError
+from launch.overrides import make_config
+from tools import bench_step
+from tools.bench_compare import sample, seconds
+from tools.bench_where import here
 
 JPEGS, SIDES = 64, (375, 500)  # ImageNet's pictures have about 400 x 350 pixels
 
 
-def rows(rounds: int) -> Iterator[dict[str, Any]]:
+def rows(args: Any) -> Iterator[dict[str, Any]]:
+    """Yield the row of --config, or without it those of pictures made here."""
+    yield from [against_step(args)] if args.config else made_up(args.rounds)
+
+
+def against_step(args: Any) -> dict[str, Any]:
+    """Return the images a second of a config's loader, read by one thread, and of its step: in turn, and the ratio.
+
+    Raises:
+      InputError: the config's data are texts, or cannot be opened.
+    """
+    config = make_config(args.config, args.override)
+    device = here(args.backend, args.memory)
+    from aether.data.corpus import open_corpus  # Grain imports JAX, of which the device is chosen before
+    from aether.data.loader import train_batches
+
+    if config.unit != "images":
+        raise InputError(f"--what=images takes a config of images, and {args.config} is of {config.model.kind}.")
+    corpus = open_corpus(config)
+    config = corpus.resolved(config)
+    call = bench_step.compiled(config, device.mesh).start()
+    batches = train_batches(corpus.train, replace(config.data, workers=0), config.train.seed)
+    seconds(call)
+    length, pairs = seconds(call), []
+    for _ in range(args.rounds):
+        loader = loaded(batches, config.data.prefetch)
+        pairs.append((loader, config.data.batch_size / sample(call, length)))
+    batches.close()  # type: ignore[attr-defined]  # a generator
+    ratios = [loader / step for loader, step in pairs]
+    return dict(
+        what=f"images a second of the loader's one thread / of the {config.model.kind}'s step, {config.data.path}",
+        **dict(zip(("loader", "step"), map(statistics.median, zip(*pairs, strict=True)), strict=True)),
+        ratio=statistics.median(ratios),
+        all=ratios,
+    )
+
+
+def loaded(batches: Iterator[Any], ahead: int, least: float = 1.0) -> float:
+    """Return the images a second that come out of the loader, after those that it has read ahead."""
+    for _ in range(ahead + 1):
+        next(batches)
+    begin, images = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < least or not images:
+        images += len(next(batches)["labels"])
+    return images / spent
+
+
+def made_up(rounds: int) -> Iterator[dict[str, Any]]:
     """Yield a row for pictures in memory, grey and in colour, and one for JPEG files, which are decoded."""
     with tempfile.TemporaryDirectory() as folder:
         grey, colour, files = made(Path(folder))

@@ -1,35 +1,56 @@
-"""The whole training step of `python -m tools.bench --what=step`: GPT-2 and AetherGPT, the state donated, by size."""
+"""The whole training step of `python -m tools.bench --what=step`, the state donated: a network and its baseline."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from aether.config import Config
+from aether.config.kinds import BASELINES
 from launch.overrides import make_config
 from tools.bench_compare import Contender, Program, Row, saved_bytes
 from tools.bench_where import Where
 
-KINDS = {"gpt2": "GPT-2", "aether": "AetherGPT"}
+NAMES = dict(
+    **dict(gpt2="GPT-2", aether="AetherGPT", bert="BERT", minibert="MiniBERT"),
+    **dict(resnet="ResNet", aether_resnet="AetherResNet", vit="ViT", aether_vit="Aether-ViT"),
+)
 CONFIGS = {"tiny": "configs/quickstart.py"}  # of other sizes: configs/aether_124m.py
 
 
 def tables(args: Any, where: Where) -> Iterator[tuple[str, list[Contender]]]:
-    """Yield a table for each size; --config and its overrides hold for both models."""
-    for size in args.sizes or (["tiny"] if where.on_cpu else ["124m"]):
-        configs = {kind: config_of(kind, size, args) for kind in KINDS}
-        data, dtype = configs["gpt2"].data, configs["gpt2"].model.dtype
-        title = f"step: {size}, batch {data.batch_size} x {data.context}, {dtype}"
-        yield title, [Contender(KINDS[kind], stepper(config)) for kind, config in configs.items()]
+    """Yield the table of --config, or without it and with --sizes one of GPT for each size; overrides hold for all."""
+    sizes = args.sizes or ([] if args.config else ["tiny"] if where.on_cpu else ["124m"])
+    for size in sizes or [""]:
+        configs = pair(size, args)
+        first = next(iter(configs.values()))
+        what = size or Path(args.config).stem
+        title = f"step: {what}, batch {shape_of(first)}, {first.model.dtype}"
+        yield title, [Contender(NAMES[kind], stepper(config)) for kind, config in configs.items()]
 
 
-def config_of(kind: str, size: str, args: Any) -> Config:
-    """Return the resolved config of a model: the file's, with this size and batch, without microbatches."""
+def pair(size: str, args: Any) -> dict[str, Config]:
+    """Return the resolved configs of a file's baseline and of the ⵟ network, without microbatches; a size for GPT's."""
+    path = args.config or CONFIGS.get(size, "configs/aether_124m.py")
+    own = ["train.accumulate=1"] + ([f"model.size={size}", "data.batch_size=8"] if size else [])
+    own += [f"data.batch_size={args.batch}"] if args.batch else []
+    own += [f"data.context={args.context}"] if args.context else []
+    return both(path, [*own, *args.override])
+
+
+def both(path: str, overrides: list[str]) -> dict[str, Config]:
+    """Return the resolved configs of a baseline and its ⵟ network, by kind; the file's is one of the two."""
     from aether.plan.measure import resolved
 
-    path = args.config or CONFIGS.get(size, "configs/aether_124m.py")
-    own = [f"model.kind={kind}", f"model.size={size}", f"data.batch_size={args.batch or 8}", "train.accumulate=1"]
-    own += [f"data.context={args.context}"] if args.context else []
-    config = make_config(path, [*own, *args.override])
-    return resolved(config)
+    kind = make_config(path, overrides).model.kind
+    ours, usual = next(two for two in BASELINES.items() if kind in two)
+    return {k: resolved(make_config(path, [*overrides, f"model.kind={k}"])) for k in (usual, ours)}
+
+
+def shape_of(config: Config) -> str:
+    """Return what a batch holds: sequences and tokens, or images with their sides and channels."""
+    image = config.image
+    row = (config.data.context,) if config.unit == "tokens" else (image.size, image.size, image.channels)
+    return " x ".join(map(str, (config.data.batch_size, *row)))
 
 
 def stepper(config: Config) -> Callable[[Where], Program]:
@@ -38,7 +59,7 @@ def stepper(config: Config) -> Callable[[Where], Program]:
 
 
 def compiled(config: Config, mesh: Any) -> Program:
-    """Compile the trainer's own step for a mesh; `saved` is what its loss keeps for the backward pass."""
+    """Compile the trainer's own step for a mesh; `saved` is what its loss in training keeps for the backward pass."""
     import jax
     from flax import nnx
 
@@ -51,11 +72,11 @@ def compiled(config: Config, mesh: Any) -> Program:
     graph, make, like = describe_state(config, mesh)
     program = compile_step(config, graph, loss, like, mesh)
 
-    def total(params: Any, batch: Any) -> Any:
-        return loss(nnx.merge(graph, params), batch, None)[0]
+    def total(params: Any, extras: Any, batch: Any) -> Any:
+        return loss(nnx.merge(graph, params, extras, copy=True), batch, jax.random.key(0))[0]
 
     with jax.set_mesh(mesh):
-        shapes = like.params, batch_shapes(config, mesh)
+        shapes = like.params, like.extras, batch_shapes(config, mesh)
         saved, beside = (saved_bytes(total, *shapes, given=given) for given in (True, False))
 
     def start() -> Callable[[], Any]:
@@ -78,13 +99,19 @@ def compiled(config: Config, mesh: Any) -> Program:
 
 
 def random_batch(config: Config, mesh: Any) -> Any:
-    """Return a batch of uniform ids, one document a row, on the mesh."""
+    """Return a batch of uniform ids, pixels and labels on the mesh, one document a row, of which everything counts."""
     import numpy as np
 
     from aether import parallel
+    from aether.train.setup import batch_shapes
 
-    b, t = config.data.batch_size, config.data.context
-    ids = np.random.default_rng(0).integers(0, config.model.vocab, (b, t + 1), dtype=np.int32)
-    places = np.broadcast_to(np.arange(t + 1, dtype=np.int32), ids.shape)
-    batch = dict(tokens=ids, segments=np.ones_like(ids), positions=places, mask=np.ones((b, t), np.int32))
-    return parallel.to_global(batch, mesh)
+    m, rng = config.model, np.random.default_rng(0)
+    below = dict(tokens=m.vocab, targets=m.vocab, images=256, labels=m.classes)
+
+    def array(name: str, s: Any) -> Any:
+        if name in below:
+            return rng.integers(0, below[name], s.shape, s.dtype)
+        ones = np.ones(s.shape, s.dtype)
+        return np.cumsum(ones, -1, s.dtype) - 1 if name == "positions" else ones
+
+    return parallel.to_global({name: array(name, s) for name, s in batch_shapes(config, mesh).items()}, mesh)

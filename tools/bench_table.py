@@ -16,6 +16,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "compiler_flops": ("GFLOP, loops once", lambda x: f"{x / 1e9:.2f}"),
     "hbm_bytes": ("HBM traffic MiB", lambda x: f"{x / MIB:.0f}"),
     "tokens_per_second": ("tokens/s", lambda x: f"{x:.0f}"),
+    "images_per_second": ("images/s", lambda x: f"{x:.0f}"),
     "mfu": ("MFU", lambda x: f"{100 * x:.1f} %"),
     "kernels": ("kernels without cycles", lambda x: ", ".join(f"{n} {name}" for name, n in x.items())),
     "kernel_flops": ("GFLOP stated by kernels", lambda x: f"{x / 1e9:.2f}"),

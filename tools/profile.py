@@ -4,9 +4,9 @@ python -m tools.profile --config=configs/quickstart.py --steps=5
   --config.KEY=VALUE       another size, batch or form, as with launch.train
   --out=DIR --top=20       where the trace goes (TensorBoard and xprof read it), and how many operations are listed
 
-The step is the trainer's own, compiled for all devices with the state donated; the ids are random and one document a
-row. Times are of operations, without loops and calls, whose insides are counted: where threads or streams run side by
-side their sum is more than the time of the step, and where the device waits it is less.
+The step is the trainer's own, compiled for all devices with the state donated; its batch is random: ids, one document a
+row, or pixels. Times are of operations, without loops and calls, whose insides are counted: where threads or streams
+run side by side their sum is more than the time of the step, and where the device waits it is less.
 """
 
 import os
@@ -31,7 +31,8 @@ flags.DEFINE_string("out", "", "folder of the trace (a new one in the system's f
 flags.DEFINE_integer("vocab", 0, "ids of the tokenizer, or classes (0: by the config)", 0, flag_values=FLAGS)
 
 WARM_UP = 2  # steps before the trace
-SCOPES = ("embed", "attention", "mlp", "head", "optimizer", "blocks")  # the last: what the scan adds to its layers
+STAGES = ("stem", "stage0", "stage1", "stage2", "stage3")  # of ResNets
+SCOPES = ("embed", "attention", "mlp", *STAGES, "head", "optimizer", "blocks")  # the last: what the scan adds
 INSIDE = ("while", "conditional", "call", "async-start", "async-update", "async-done")  # operations that hold others
 
 

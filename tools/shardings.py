@@ -49,6 +49,8 @@ def main(args: flags.FlagValues) -> None:
     mesh = parallel.make_mesh(config.mesh, devices)
     _, _, like = describe_state(resolved(config, args.vocab), mesh)
     parts = {"params": like.params} | ({"opt_state": like.opt_state} if args.optimizer else {})
+    if jax.tree.leaves(like.extras):
+        parts["extras"] = like.extras
     if like.ema is not None:
         parts["ema"] = like.ema
     sizes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())

@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "aether_resnet": ("resnet", dict(head="linear")),
     "resnet": ("resnet", dict(head="linear")),
 }
+BASELINES = {"aether": "gpt2", "minibert": "bert", "aether_vit": "vit", "aether_resnet": "resnet"}
 HEADS = {"gpt": ("tied", "untied"), "bert": ("tied", "untied"), "vit": ("linear", "yat"), "resnet": ("linear", "yat")}
 # What a family decides by size, kind or data; it takes no other knob that could be left open.
 _TRANSFORMER = ("layers", "heads", "width", "hidden", "attention", "mlp", "norm", "position", "linear_bias")

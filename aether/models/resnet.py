@@ -211,9 +211,9 @@ class ResNet(nnx.Module):
         c, train = self.config, key is not None
         with jax.named_scope("stem"):
             x = self.stem(x, train) if isinstance(self.stem, NormalizedConv) else self.stem(x)
-            x = x.astype(jnp.float32)
-            if c.stem == "imagenet":
+            if c.stem == "imagenet":  # before the cast: its gradient keeps what it sees
                 x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = x.astype(jnp.float32)
         for k, stage in enumerate(self.stages):
             with jax.named_scope(f"stage{k}"):
                 x = stage(x, train)

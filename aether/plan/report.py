@@ -136,9 +136,8 @@ def search_json(found: Search) -> dict[str, Any]:
 
 def search_text(found: Search) -> str:
     """Return the frontier of a search as a table, the fastest first."""
-    lines = [
-        f"  {'batch':>7} {'remat':<8}{'data':>5}{'fsdp':>5}{'tensor':>7}{'HBM':>12}{'tokens/s':>14}{'MFU':>7}  limit"
-    ]
+    rate = f"{found.plans[0].config.unit}/s" if found.plans else ""
+    lines = [f"  {'batch':>7} {'remat':<8}{'data':>5}{'fsdp':>5}{'tensor':>7}{'HBM':>12}{rate:>14}{'MFU':>7}  limit"]
     for p in found.frontier():
         m = p.mesh
         lines.append(

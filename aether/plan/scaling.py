@@ -33,21 +33,22 @@ def weak_scaling(config: Config, targets: Iterable[Topology], say: Callable[[Pla
 def row(plan: Plan) -> dict[str, Any]:
     """Return a plan's line of the table, bytes and seconds a device."""
     sent = {link: sum(c.bytes for c in plan.collectives if c.link == link) for link in ("ici", "dcn")}
-    times, rate = plan.roofline, plan.rate_bound
+    times, rate, unit = plan.roofline, plan.rate_bound, plan.config.unit
     return {
         "chips": plan.topology.chips,
         "topology": str(plan.topology),
         "mesh": plan.mesh,
         "batch_size": plan.config.data.batch_size,
-        "tokens_per_chip": plan.config.per_step / plan.topology.chips,
+        "unit": unit,
+        f"{unit}_per_chip": plan.config.per_step / plan.topology.chips,
         "fits": plan.fits,
         "hbm_bytes": plan.memory.total,
         "ici_bytes": sent["ici"],
         "dcn_bytes": sent["dcn"],
         "seconds": {k: getattr(times, k) for k in ("compute", "hbm", "ici", "dcn")} if times else None,
         "limited_by": times.limited_by if times else None,
-        "tokens_per_second_bound": rate,
-        "tokens_per_second_per_chip": rate / plan.topology.chips if rate else None,
+        f"{unit}_per_second_bound": rate,
+        f"{unit}_per_second_per_chip": rate / plan.topology.chips if rate else None,
         "mfu_bound": plan.mfu_bound,
         "compile_seconds": plan.compile_seconds,
     }
@@ -56,14 +57,14 @@ def row(plan: Plan) -> dict[str, Any]:
 def verdict(rows: list[dict[str, Any]]) -> str:
     """Say where scaling stops, and which resource it is; or how far the largest is from that.
 
-    Collectives of parameters take as long for few tokens as for many, and the rest does not: below some number of
-    tokens a chip they dominate.
+    Collectives of parameters take as long for few tokens or images as for many, and the rest does not: below some
+    number of them a chip they dominate.
     """
-    best = rows[0]
+    best, unit = rows[0], rows[0]["unit"]
     for r in rows:
         if r["seconds"] is None:
             return f"At {r['chips']} chips it does not fit: {r['hbm_bytes'] / 2**30:.2f} GiB a device."
-        rate, before = r["tokens_per_second_per_chip"], best["tokens_per_second_per_chip"]
+        rate, before = (x[f"{unit}_per_second_per_chip"] for x in (r, best))
         if rate < KEPT * before:
             name = r["limited_by"]
             return (
@@ -79,8 +80,8 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     text = f"It does not stop scaling up to {last['chips']} chips, where {last['limited_by']} is the limit"
     if sending == last["limited_by"] or not times[sending]:
         return f"{text}."
-    tokens = last["tokens_per_chip"]
+    now = last[f"{unit}_per_chip"]
     return (
         f"{text} and {sending} takes {1e3 * times[sending]:.1f} ms; {sending} would be the limit below about "
-        f"{tokens * times[sending] / working:.0f} tokens a chip (now {tokens:.0f})."
+        f"{now * times[sending] / working:.0f} {unit} a chip (now {now:.0f})."
     )

@@ -20,6 +20,7 @@ from aether.train.setup import describe_state
 
 REMATS = ("none", "dots", "full", "offload")  # from most kept on the device to least
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # sequences a device
+IMAGES = (8, 16, 32, 64, 128, 256, 512)  # images a device
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def candidates(
         if state > usable:
             pruned["meshes whose state does not fit"] += 1
             continue
-        for rows, remat in itertools.product(ROWS, REMATS):
+        for rows, remat in itertools.product(ROWS if config.unit == "tokens" else IMAGES, REMATS):
             batch = rows * _ways(mesh)
             if fixed_batch and batch != config.data.batch_size:
                 continue
@@ -176,10 +177,12 @@ def divisors(n: int) -> list[int]:
 def least_activations(config: Config, mesh: Any) -> int:
     """Return bytes a device cannot do without: what blocks keep for the backward pass, and the gradients in float32.
 
-    A block keeps its input, float32; with remat=dots also its bfloat16 products, and with none at least as much.
+    A block keeps its input, float32; with remat=dots also its bfloat16 products, and with none at least as much. Of a
+    ResNet, whose blocks differ, nothing is promised.
     """
     m, d = config.model, config.data
-    tokens = d.batch_size * d.context // config.train.accumulate // (_ways(mesh) * mesh.shape["sequence"])
+    length = d.context if config.unit == "tokens" else (config.image.size // m.patch) ** 2 if m.patch else 0
+    tokens = d.batch_size * length // config.train.accumulate // (_ways(mesh) * mesh.shape["sequence"])
     stream = 0 if m.remat == "offload" else 4 * m.width
     dots = 2 * (4 * m.width + m.hidden) // mesh.shape["tensor"] if m.remat in ("none", "dots") else 0
     return m.layers * tokens * (stream + dots)

@@ -14,6 +14,7 @@ from launch import cli, plan
 ROOT = Path(__file__).parents[2]
 
 CONFIG = "--config=configs/quickstart.py"
+IMAGES = "--config=configs/imagenet_resnet50.py"
 TINY = ("--config.model.layers=2", "--config.model.width=32", "--config.model.heads=4")
 
 
@@ -40,12 +41,20 @@ def run(*argv):
         (("--topology=v5e:4x4", "--scaling=16", "--search"), "give one of them"),
         (("--topology=h100:128",), "at most 64"),
         (("--topology=v5e:4x4", "--batch=-1"), "--batch is '-1'"),
+        (("--topology=v5e:4x4", IMAGES, "--context=64"), "--context is 64, but aether_resnet sees images"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_compiled(argv, told, capsys):
     assert run(*argv) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+def test_images_need_their_classes(monkeypatch, capsys):
+    monkeypatch.setattr("aether.plan.machine.prepare", lambda targets, debug: None)
+    assert run(IMAGES, "--topology=v5e:1x1") == 2
+    error = capsys.readouterr().err
+    assert "image.size is 224 and model.classes 0" in error and error.count("\n") == 1
 
 
 def test_it_plans_gpus_in_a_process_of_its_own(tmp_path):

@@ -10,15 +10,17 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aether.chips import topology
-from aether.config import build
+from aether.config import Pictures, build
 from aether.errors import InputError
 from aether.plan import machine
 from aether.plan.collectives import collectives
 from aether.plan.counts import count
 from aether.plan.layout import Layout
-from aether.plan.measure import make_plan, vocabulary
+from aether.plan.measure import make_plan, resolved, vocabulary
 from aether.plan.read import parse
-from aether.plan.report import to_json, to_text
+from aether.plan.report import search_text, to_json, to_text
+from aether.plan.scaling import row
+from aether.plan.search import Search
 from aether.testing import tiny_config
 
 KEYS = {
@@ -113,6 +115,28 @@ def test_the_json_has_its_keys_and_adds_up(gpus):
 def test_the_text_fits_a_terminal(gpus):
     text = to_text(gpus)
     assert text.splitlines()[3].startswith("FITS") and max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_a_plan_of_images_counts_images():
+    model = dict(kind="aether_resnet", stages="1,1", width=8, dtype="float32")
+    config = build(dict(model=model, data=dict(batch_size=32))).resolved(0, Pictures(10, 8, 3, 0.5, 0.25))
+    plan = make_plan(config, topology("h100:4"), jax.devices()[:4])
+    said, text = json.loads(json.dumps(to_json(plan))), to_text(plan)
+    assert said["images_per_second_bound"] == plan.rate_bound and said["image_size"] == 8
+    assert said["model_flops_per_image"] == plan.model_flops // 32 and not {"context", "vocab"} & set(said)
+    # the formula has the zeros of the padding and a gradient by the images, the program has neither
+    assert 1.0 < plan.model_flops / (4 * plan.counts.flops) < 1.4
+    for part in ("aether_resnet 18, stages 1,1, 10 classes", "batch 32 x 8 x 8 pixels", "images/s"):
+        assert part in text
+    assert row(plan)["images_per_chip"] == 8 and "token" not in text + json.dumps([said, row(plan)])
+    table = search_text(Search([plan])).splitlines()
+    assert "images/s" in table[0] and f"{plan.rate_bound:,.0f}" in table[1]
+
+
+@pytest.mark.parametrize("known", [dict(size=8), dict()])
+def test_what_pictures_leave_open_is_asked_for(known):
+    with pytest.raises(InputError, match="needs both, as in --config.image.size=224"):
+        resolved(build(dict(model=dict(kind="vit"), image=known)), 0 if known else 10)
 
 
 @pytest.mark.slow

@@ -29,14 +29,13 @@ def test_the_batch_grows_with_the_chips(monkeypatch):
         weak_scaling(tiny_config(data=dict(batch_size=5)), [topology("v5e:2x2"), topology("h100:2")], lambda plan: None)
 
 
-def line(chips, **milliseconds):
+def line(chips, unit="tokens", **milliseconds):
     times = {k: milliseconds.get(k, 0) / 1e3 for k in ("compute", "hbm", "ici", "dcn")}
     limit = max(times, key=lambda k: times[k])
     return dict(
-        **dict(chips=chips, seconds=times, limited_by=limit, tokens_per_second_per_chip=1 / times[limit]),
-        **dict(
-            tokens_per_chip=2048, hbm_bytes=2**30, ici_bytes=0, dcn_bytes=0, mesh=dict(data=chips), batch_size=chips
-        ),
+        **dict(chips=chips, seconds=times, limited_by=limit, unit=unit),
+        **{f"{unit}_per_second_per_chip": 1 / times[limit], f"{unit}_per_chip": 2048},
+        **dict(hbm_bytes=2**30, ici_bytes=0, dcn_bytes=0, mesh=dict(data=chips), batch_size=chips),
         mfu_bound=0.5,
     )
 
@@ -51,6 +50,8 @@ def test_the_verdict_says_how_far_it_is_from_stopping():
     text = verdict([line(16, compute=100, ici=50), line(64, compute=100, ici=50)])
     assert text.endswith("ici would be the limit below about 1024 tokens a chip (now 2048).")
     assert "64 chips, where compute is the limit" in text
+    images = verdict([line(n, "images", compute=100, ici=50) for n in (16, 64)])
+    assert images == text.replace("tokens", "images")
 
 
 def test_what_does_not_fit_is_a_verdict_and_a_row():

@@ -6,11 +6,11 @@ from collections import Counter
 import jax
 
 from aether.chips import CHIPS, topology
-from aether.config import MeshConfig
+from aether.config import MeshConfig, Pictures, build
 from aether.plan.measure import Plan
 from aether.plan.memory import Memory
 from aether.plan.roofline import Roofline
-from aether.plan.search import Search, candidates, meshes, search
+from aether.plan.search import IMAGES, Search, candidates, meshes, search
 from aether.testing import tiny_config
 
 TARGET = topology("h100:8")
@@ -43,11 +43,21 @@ def test_what_cannot_divide_or_fit_is_left_out_before_compiling(monkeypatch):
     assert len(tight) < len(found)
 
 
+def test_images_have_patches_for_tokens_or_layers_that_promise_nothing():
+    sizes = []
+    for kind, more in (("aether_vit", dict(layers=3, heads=2, width=8, patch=4)), ("resnet", dict(stages="1,1"))):
+        config = build(dict(model=dict(kind=kind, **more))).resolved(0, Pictures(10, 16, 3, 0.5, 0.25))
+        found = list(candidates(config, TARGET, jax.devices(), Counter(), fixed_batch=False))
+        assert {c.rows for c in found} == set(IMAGES)
+        sizes.append({c.least // c.rows for c in found if c.place.tensor == 1 and c.config.model.remat == "full"})
+    assert sizes == [{3 * 16 * 4 * 8}, {0}]
+
+
 def test_the_frontier_is_not_beaten_in_both():
     config = tiny_config()
     plans = [fake(config, total, rate) for total, rate in [(50, 10), (60, 10), (40, 9), (45, 8), (30, 3), (10**12, 99)]]
     frontier = Search(plans).frontier()
-    assert [(p.memory.total, round(p.tokens_per_second_bound)) for p in frontier] == [(50, 10), (40, 9), (30, 3)]
+    assert [(p.memory.total, round(p.rate_bound)) for p in frontier] == [(50, 10), (40, 9), (30, 3)]
 
 
 def test_what_keeps_more_than_a_refused_one_is_not_compiled():

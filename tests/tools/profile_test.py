@@ -28,6 +28,7 @@ NAMES = {
         ("jit(step)/jvp(blocks)/while/body/dynamic_slice", "blocks", False),
         ("jit(step)/transpose(jvp(head))/while/body/mul", "head", True),
         ("jit(step)/jvp(embed)/jit(_take)/gather", "embed", False),
+        ("jit(step)/transpose(jvp(stage2))/while/body/conv_general_dilated", "stage2", True),
         ("jit(step)/optimizer/transpose", "optimizer", False),
         ("jit(step)/overhead/add", "other", False),
         ("", "other", False),

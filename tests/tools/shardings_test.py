@@ -17,11 +17,11 @@ def environment(monkeypatch):
     monkeypatch.setattr(cli, "prepare_environment", lambda debug: None)
 
 
-def run(*argv):
+def run(*argv, config=(CONFIG, *TINY)):
     shardings.FLAGS.unparse_flags()
     for name in shardings.FLAGS:
         shardings.FLAGS[name].unparse()
-    return cli.run(shardings.main, shardings.FLAGS, shardings.__doc__, [CONFIG, *TINY, *argv])
+    return cli.run(shardings.main, shardings.FLAGS, shardings.__doc__, [*config, *argv])
 
 
 def test_the_table_says_what_a_device_holds(capsys):
@@ -34,6 +34,17 @@ def test_the_table_says_what_a_device_holds(capsys):
     assert len(moments) == 3  # the parameter and Adam's two moments
     totals = [line for line in lines if "a device, of" in line]
     assert [line.partition(":")[0] for line in totals] == ["params", "opt_state"]
+
+
+def test_what_batches_leave_behind_is_part_of_the_table(capsys):
+    small = ("model.kind=resnet", "model.stages=1", "model.width=16", "model.classes=10", "image.size=8", "mesh.fsdp=4")
+    config = ("--config=configs/digits.py", *(f"--config.{key}" for key in small))
+    assert run("--devices=8", config=config) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("stem/norm/mean")).split()[-1] == f"{16 // 4 * 4}"
+    totals = [line for line in lines if "a device, of" in line]
+    norm = 2 * 4 * 16  # mean and variance; of three, the one between the convolutions lies along tensor
+    assert totals[1] == f"extras: {norm // 4 + norm + norm // 4} B a device, of {3 * norm} B in all"
 
 
 @pytest.mark.parametrize(

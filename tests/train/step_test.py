@@ -135,6 +135,28 @@ def test_microbatches_have_randomness_of_their_own():
     assert float(sums["second"] - sums["first"] ** 2 / 2) > 1e-3  # twice the variance of the two draws
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_what_the_forward_pass_sets_goes_on_to_the_next_step_unless_it_is_skipped(pieces):
+
+    class Counting(Line):
+        def __init__(self):
+            super().__init__()
+            self.seen = nnx.BatchStat(jnp.ones(()))
+
+    def loss(model, batch, key):
+        model.seen[...] = 2.0 * model.seen[...] + jnp.sum(batch["mask"])
+        return squares(model, batch, key)
+
+    graph, params, extras = nnx.split(Counting(), nnx.Param, ...)
+    config = tiny_config(train=dict(accumulate=pieces))
+    state, step = init_state(config, params, extras), jax.jit(make_step(config, graph, loss, params))
+    bad = rows()
+    bad["x"][3, 1] = np.nan
+    for batch, expected in ((rows(), [10, 16]), (bad, [10, 16]), (rows(1), [28, 76])):
+        state, _ = step(state, batch)
+        assert float(state.extras["seen"][...]) == expected[pieces - 1]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e13], ids=["nan", "inf", "gradient overflows"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(bad):
     state, step = line(ema=0.9)
