@@ -59,12 +59,23 @@ class Study:
     score: str = "loss"
 
     def score_of(self, record: Mapping[str, Any] | None) -> float | None:
-        """Return what decides, the lower the better; infinite if the run diverged, None if it failed or is to come."""
+        """Return what decides, the lower the better; infinite if the run diverged, None if it failed or is to come.
+
+        Raises:
+          InputError: the record is of an earlier version, which did not write the accuracy.
+        """
         if record is None or record["status"] == "failed":
             return None
         if record["status"] == "diverged":
             return math.inf
-        return record["loss"] if self.score == "loss" else 100.0 * (1.0 - record["accuracy"])
+        if self.score == "loss":
+            return record["loss"]
+        if record.get("accuracy") is None:
+            raise InputError(
+                f"{RESULTS} has no accuracy of {record['run']}, which an earlier version wrote; leave --score=error "
+                "out, or give another --out."
+            )
+        return 100.0 * (1.0 - record["accuracy"])
 
     def job(self, c: Combination, value: float | None, seed: int, steps: int) -> Job:
         """Describe a run; its name says what it is, so that a run of another length is another run."""

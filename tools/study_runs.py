@@ -140,7 +140,9 @@ class Runner:
 
 
 def outcome(workdir: Path, steps: int, code: int, said: Sequence[str]) -> dict[str, Any]:
-    """Return how a run that ended with `code` did; `tokens_per_second` is the median of its train lines."""
+    """Return how a run that ended with `code` did; `tokens_per_second`, of images `images_per_second`, is the median of
+    its train lines.
+    """
     found: dict[str, Any] = dict(status="failed", loss=None, accuracy=None, losses={}, parameters=None)
     found |= dict(git=None, exit=code, error="")
     if code not in (0, DIVERGED_EXIT):

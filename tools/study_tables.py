@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aether.config import build
+from aether.evaluate.pictures import new_figure, png
 from aether.storage import write_atomic
 from tools.study_plan import Combination, Results, Study
 
@@ -132,13 +133,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def plot(study: Study, results: Results, path: Path) -> None:
     """Draw the losses of the sweep, a line for each combination, its best ringed; crosses at the top diverged."""
-    from io import BytesIO
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5, dpi=150)
     axis = figure.subplots()
     for c in study.combinations:
         losses = [study.score_of(results.get(job.name)) for job in study.sweep(c)]
@@ -159,6 +154,4 @@ def plot(study: Study, results: Results, path: Path) -> None:
     axis.grid(color="#e4e7eb")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, png(figure))

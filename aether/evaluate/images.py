@@ -1,63 +1,71 @@
 """Scores of a classifier: loss, top-1, top-5, how well its confidence is calibrated, and which classes it confuses."""
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 
 from aether.config import Config
 from aether.losses import scaled
-from aether.parallel import to_global
 
 BINS = 15  # of equal width, over the confidence
 
 
-def image_sums(config: Config) -> Callable[[Any, dict[str, Array]], dict[str, Array]]:
+def image_sums(config: Config, rows: bool = False) -> Callable[[Any, dict[str, Array]], dict[str, Any]]:
     """Return of_batch(model, batch) -> sums over the images whose mask is 1.
 
     The sums are `nll` (nats), `correct`, `top5`, `weight`; `bins` (3, BINS): how many images have that confidence, the
-    largest probability, the sum of it, and how many of them are right; `confusion` (classes, classes): images of class
-    i (row) taken for j.
+    largest probability, the sum of it, and how many of them are right. With `rows` also `confusion` (classes, classes):
+    images of class i (row) taken for j; and `rows`, of each image, which are no sums: `guess`, `confidence` (b,).
+
+    Of equal logits the first counts as the largest. An image with a logit of NaN or infinity is taken for nothing: its
+    guess is -1, its confidence 0.
     """
     mean, std = config.image.mean, config.image.std
 
-    def of_batch(model: Any, batch: dict[str, Array]) -> dict[str, Array]:
+    def of_batch(model: Any, batch: dict[str, Array]) -> dict[str, Any]:
         logits = model(scaled(batch["images"], mean, std))
         mask, labels = batch["mask"].astype(jnp.float32), batch["labels"]
-        classes = logits.shape[-1]
         log_p = jax.nn.log_softmax(logits)
         nll = -jnp.take_along_axis(log_p, labels[:, None], 1)[:, 0]
-        guess, confidence = jnp.argmax(logits, -1), jnp.exp(jnp.max(log_p, -1))
+        sure = jnp.max(log_p, -1)
+        known = jnp.isfinite(sure)
+        guess = jnp.where(known, jnp.argmax(logits, -1), -1)
+        confidence = jnp.where(known, jnp.exp(sure), 0.0)
         right = (guess == labels).astype(jnp.float32)
-        own = jnp.take_along_axis(logits, labels[:, None], 1)
-        place = jnp.sum(logits > own, -1)  # of the label among the guesses
         which = jax.nn.one_hot(jnp.clip((confidence * BINS).astype(jnp.int32), 0, BINS - 1), BINS) * mask[:, None]
-        bins = jnp.stack([jnp.ones_like(right), confidence, right]) @ which
-        confusion = jnp.einsum(
-            "bi,bj->ij", jax.nn.one_hot(labels, classes) * mask[:, None], jax.nn.one_hot(guess, classes)
-        )
-        return dict(
+        kinds = jnp.stack([jnp.ones_like(right), confidence, right])
+        found: dict[str, Any] = dict(
             nll=jnp.sum(mask * nll),
             correct=jnp.sum(mask * right),
-            top5=jnp.sum(mask * (place < 5)),
+            top5=jnp.sum(mask * (known & (_place(logits, labels) < 5))),
             weight=jnp.sum(mask),
-            bins=bins,
-            confusion=confusion,
+            bins=jnp.matmul(kinds, which, precision="highest"),
         )
+        if rows:
+            taken = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
+            found["confusion"] = jnp.einsum("bi,bj->ij", taken, jax.nn.one_hot(guess, logits.shape[-1]))
+            found["rows"] = dict(guess=guess, confidence=confidence)
+        return found
 
     return of_batch
 
 
+def _place(logits: Array, labels: Array) -> Array:
+    """Return how many classes are guessed before the label: those with larger logits, and equal ones before it."""
+    own = jnp.take_along_axis(logits, labels[:, None], 1)
+    before = jnp.arange(logits.shape[-1]) < labels[:, None]
+    return jnp.sum((logits > own) | ((logits == own) & before), -1)
+
+
 @dataclass(frozen=True, order=True)
 class Mistake:
-    """An image that was taken for another class with this confidence."""
+    """An image that was taken for another class (-1: for none) with this confidence."""
 
     confidence: float
     label: int
@@ -65,34 +73,25 @@ class Mistake:
     image: np.ndarray = field(compare=False, repr=False)
 
 
-class Guesses:
-    """Looks at the images that a model classifies wrongly, and keeps those of which it is the surest.
+class Mistakes:
+    """Looks at batches and at the `rows` of `image_sums`, and keeps the images that are classified wrongly.
 
     Attributes:
-      worst: `keep` of them at most, the surest first.
+      worst: `keep` of them at most, those with the surest guesses, the surest first.
     """
 
-    def __init__(self, config: Config, graph: nnx.GraphDef, mesh: Mesh, keep: int = 36):
-        mean, std, self._mesh, self._keep = config.image.mean, config.image.std, mesh, keep
+    def __init__(self, keep: int = 36):
+        self.keep = keep
         self.worst: list[Mistake] = []
 
-        @jax.jit
-        def guess(variables: Any, images: Array) -> tuple[Array, Array]:
-            logits = nnx.merge(graph, variables)(scaled(images, mean, std))
-            return jnp.argmax(logits, -1), jnp.max(jax.nn.softmax(logits), -1)
-
-        self._guess = guess
-
-    def watched(self, variables: Any, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-        """Pass batches on, having looked at them."""
-        for batch in batches:
-            with jax.set_mesh(self._mesh):
-                images = to_global({"images": batch["images"]}, self._mesh)["images"]
-                guess, sure = jax.device_get(self._guess(variables, images))
-            wrong = np.flatnonzero((guess != batch["labels"]) & (batch["mask"] > 0))
-            found = [Mistake(float(sure[i]), int(batch["labels"][i]), int(guess[i]), batch["images"][i]) for i in wrong]
-            self.worst = heapq.nlargest(self._keep, [*self.worst, *found])
-            yield batch
+    def __call__(self, batch: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> None:
+        """Look at one batch."""
+        guess, sure, labels, images = rows["guess"], rows["confidence"], batch["labels"], batch["images"]
+        wrong = np.flatnonzero((guess != labels) & (batch["mask"] > 0))
+        wrong = wrong[np.argsort(-sure[wrong], kind="stable")][: self.keep]
+        # copies, as a view would keep its whole batch
+        found = [Mistake(float(sure[i]), int(labels[i]), int(guess[i]), images[i].copy()) for i in wrong]
+        self.worst = heapq.nlargest(self.keep, [*self.worst, *found])
 
 
 def summarise_images(sums: dict[str, Any]) -> dict[str, float | int | None]:

@@ -18,6 +18,7 @@ from aether.parallel import to_global
 
 Scores = dict[str, float | int | None]
 Sums = dict[str, Any]
+Look = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], None]
 Score = Callable[[Any, Iterable[dict[str, np.ndarray]]], Scores]
 
 
@@ -54,13 +55,26 @@ def scorer_of(config: Config, tokenizer: Tokenizer | None, graph: nnx.GraphDef, 
 
 
 def summer(
-    graph: nnx.GraphDef, of_batch: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]], mesh: Mesh
+    graph: nnx.GraphDef,
+    of_batch: Callable[[Any, dict[str, jax.Array]], dict[str, Any]],
+    mesh: Mesh,
+    look: Look | None = None,
 ) -> Callable[[Any, Iterable[dict[str, np.ndarray]]], Sums]:
-    """Return sums(variables, batches): what `of_batch(model, batch)` returns, added up in float64; {} of no batch."""
+    """Return sums(variables, batches): what `of_batch(model, batch)` returns, added up in float64; {} of no batch.
+
+    With `look`, what it returns as `rows` is no sum: look(batch, rows) sees it, batch by batch.
+    """
 
     @jax.jit
-    def one(variables: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one(variables: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
         return of_batch(nnx.merge(graph, variables), batch)
+
+    def add(total: Sums, batch: dict[str, np.ndarray], found: dict[str, Any]) -> None:
+        found = jax.device_get(found)
+        if look is not None:
+            look(batch, found.pop("rows"))
+        for name, value in found.items():
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
 
     def sums(variables: Any, batches: Iterable[dict[str, np.ndarray]]) -> Sums:
         total: Sums = {}
@@ -69,18 +83,13 @@ def summer(
             with jax.set_mesh(mesh):
                 found = one(variables, to_global(batch, mesh))
             if last is not None:
-                _add(total, last)  # one batch late, so that the device never waits for this host
-            last = found
+                add(total, *last)  # one batch late, so that the device never waits for this host
+            last = batch, found
         if last is not None:
-            _add(total, last)
+            add(total, *last)
         return total
 
     return sums
-
-
-def _add(total: Sums, found: dict[str, jax.Array]) -> None:
-    for name, value in jax.device_get(found).items():
-        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
 
 
 def summarise(sums: Sums) -> Scores:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +12,12 @@ from tqdm import tqdm
 from aether.data.corpus import Corpus, load_validation, masked_view, open_corpus
 from aether.data.images.load import load_validation as load_images
 from aether.data.loader import Examples, evaluation_batches
-from aether.errors import InputError
-from aether.evaluate.images import Guesses, image_sums, summarise_images
+from aether.errors import InputError, StorageError
+from aether.evaluate.images import Mistakes, image_sums, summarise_images
 from aether.evaluate.load import Run, load_run
 from aether.evaluate.metrics import scorer_of, summer
 from aether.evaluate.pictures import draw_confusion, draw_mistakes
+from aether.storage import storage_errors
 from aether.workdir import Workdir
 
 
@@ -32,10 +34,12 @@ def evaluate_run(
       step: of the checkpoint.
       data: a path as in `data.path`, or the name of one of the run's validation sets; by default the first of them.
       batches: how many, spread evenly over the set; 0 for all of it.
-      pictures: folder of a classifier's pictures; by default evaluation/NAME-STEP in the run's.
+      pictures: folder of a classifier's pictures; by default evaluation/NAME-STEP in the run's, or none, with a
+        warning, where that cannot be written.
 
     Raises:
       InputError: no such run, checkpoint or data, or pictures are asked of a language model.
+      StorageError: `pictures` cannot be written.
     """
     run = load_run(workdir, step)
     if pictures and run.labels is None:
@@ -58,17 +62,34 @@ def evaluate_run(
 
 
 def _classify(run: Run, name: str, batches: Iterable[dict[str, Any]], folder: str | None) -> dict[str, Any]:
-    """Score a classifier and draw its pictures."""
+    """Score a classifier and draw its pictures; the scores are worth more than pictures that nobody asked for."""
     assert run.labels is not None
-    guesses = Guesses(run.config, run.graph, run.mesh)
-    sums = summer(run.graph, image_sums(run.config), run.mesh)(run.params, guesses.watched(run.params, batches))
-    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     home = Workdir(folder or run.workdir, primary=False)
+    if folder:
+        _check_writable(home)
+    mistakes = Mistakes()
+    sums = summer(run.graph, image_sums(run.config, rows=True), run.mesh, mistakes)(run.params, batches)
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     place = "" if folder else f"evaluation/{stem}-{run.step}/"
-    scores = summarise_images(sums)
-    drawn = {"confusion.png": draw_confusion(sums["confusion"], run.labels.names)}
-    drawn["mistakes.png"] = draw_mistakes(guesses.worst, run.labels.names, round(sums["weight"]))
-    return scores | {"pictures": [home.leave(place + file, content) for file, content in drawn.items()]}
+    names, images = run.labels.names, round(sums["weight"])
+    drawn = {"confusion.png": draw_confusion(sums["confusion"], names, images)}
+    drawn["mistakes.png"] = draw_mistakes(mistakes.worst, names, images)
+    try:
+        left = [home.leave(place + file, content) for file, content in drawn.items()]
+    except (OSError, StorageError) as e:
+        if folder:
+            raise
+        print(f"warning: no pictures, name a folder by --pictures: {e}", file=sys.stderr)
+        left = []
+    return summarise_images(sums) | {"pictures": left}
+
+
+def _check_writable(home: Workdir) -> None:
+    """Refuse a local folder that cannot be written, before the scoring rather than after it."""
+    if not home.remote:
+        with storage_errors(home.local):
+            home.local.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=home.local).close()
 
 
 def _examples(run: Run, data: str | None) -> tuple[str, Examples]:

@@ -1,30 +1,25 @@
 """`curves.png`: the losses and the learning rate of a run in one picture."""
 
-import io
 import itertools
-import warnings
 from array import array
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from aether.evaluate.pictures import INK, MUTED, new_figure, png
 from aether.train.metrics import Curve
 
 CURVES = "curves.png"
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+GRID = "#e4e7eb"
 TRAIN = "#2f6fde"
 SETS = ("#e4572e", "#17a673", "#9b51e0", "#d49a00", "#c2185b")
 
 
 def draw(curves: Mapping[str, Curve], title: str, per_step: int = 0, unit: str = "tokens") -> bytes:
     """Return a PNG (1600 x 1000): losses above, learning rate below, over steps, what was seen on top if known."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.25), dpi=160, facecolor="white")
+    figure = new_figure(10, 6.25, dpi=160)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     _style(upper)
     _style(lower)
@@ -38,7 +33,7 @@ def draw(curves: Mapping[str, Curve], title: str, per_step: int = 0, unit: str =
     lower.set_ylabel("learning rate", fontsize=12, color=INK)
     lower.set_xlabel("step", fontsize=13, color=INK)
     upper.set_ylabel(f"loss (nats per {unit.removesuffix('s')})", fontsize=13, color=INK)
-    upper.set_title(title, fontsize=17, fontweight="bold", color=INK, loc="left", pad=10)
+    upper.set_title(title, fontsize=17, fontweight="bold", color=INK, loc="left", pad=10, parse_math=False)
     last = max(curve.steps[-1] for curve in curves.values())
     lower.set_xlim(0, last * 1.02)
     lower.locator_params(axis="x", integer=True)
@@ -50,11 +45,7 @@ def draw(curves: Mapping[str, Curve], title: str, per_step: int = 0, unit: str =
         seen.tick_params(labelsize=11, labelcolor=MUTED, color=MUTED, length=4)
         seen.spines["top"].set_visible(False)
     figure.align_ylabels()
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a run's name may be in any script
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_losses(axis: Any, curves: Mapping[str, Curve]) -> None:
@@ -76,7 +67,9 @@ def _draw_losses(axis: Any, curves: Mapping[str, Curve]) -> None:
             highest.append(y[-1])
     margin = 0.06 * (max(highest) - min(lowest)) or 0.1
     axis.set_ylim(min(lowest) - margin, max(highest) + margin)
-    axis.legend(fontsize=14, frameon=False, labelcolor=INK, loc="upper right")
+    legend = axis.legend(fontsize=14, frameon=False, labelcolor=INK, loc="upper right")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _style(axis: Any) -> None:

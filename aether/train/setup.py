@@ -19,6 +19,7 @@ from aether import parallel
 from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, Config, build, differences
 from aether.data.corpus import TOKENIZER, Corpus, open_corpus
+from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer, restore_tokenizer
 from aether.errors import InputError
 from aether.evaluate.metrics import Scores, scorer_of
@@ -272,6 +273,8 @@ def _first_state(config: Config, make: Callable[[], TrainState], mesh: Mesh, lik
     other = agree.of_first(lambda: _other_run(config, source, folder))
     if corpus.tokenizer is not None:
         _check_same(restore_tokenizer(str(source.local / TOKENIZER)), corpus.tokenizer)
+    if corpus.labels is not None:
+        _check_classes(Labels.restore(str(source.local)), corpus.labels)
     saved = Checkpoints(source.checkpoints, config.checkpoint, log=say)
     both, step = saved.restore_model(like.params, like.extras, at, averaged=bool(other["config"]["train"]["ema"]))
     state.params, state.extras = nnx.split_state(both, nnx.Param, ...)
@@ -288,6 +291,18 @@ def _check_same(theirs: Tokenizer, ours: Tokenizer) -> None:
             f"{theirs.hash[:8]}), and this one has {ours.spec} ({ours.vocab_size} ids, "
             f"{ours.hash[:8]}); set data.tokenizer to the same one."
         )
+
+
+def _check_classes(theirs: Labels, ours: Labels) -> None:
+    if theirs.names == ours.names:
+        return
+    had, has = f"{len(theirs.names)} classes", f"{len(ours.names)}"
+    if len(theirs.names) == len(ours.names):
+        number = next(n for n, names in enumerate(zip(theirs.names, ours.names, strict=True)) if len(set(names)) > 1)
+        had, has = (f"{labels.names[number]!r} as class {number}" for labels in (theirs, ours))
+    raise InputError(
+        f"train.init_from names a run with {had}, and this one has {has}; give images of the same classes."
+    )
 
 
 def _other_run(config: Config, source: Workdir, folder: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from aether.config import MeshConfig
 from aether.data.tokenizers import chars_tokenizer, save_tokenizer
 from aether.errors import InputError
 from aether.evaluate.load import load_run
-from aether.models import MODELS
+from aether.models import make_model
 from aether.parallel import make_mesh, shardings
 from aether.testing import tiny_config
 from aether.workdir import Workdir
@@ -38,7 +38,7 @@ def write_run(path, *steps, spread=False, **overrides):
 
 
 def graph_and_shapes(config):
-    return nnx.split(nnx.eval_shape(lambda: MODELS[config.model.kind](config.model, config.data.context, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
 
 
 def parameters(config, seed, mesh=None):

@@ -17,7 +17,8 @@ study, plans, runs, tables = (
 )
 CONFIG = ROOT / "configs/shakespeare_char.py"
 
-# Stands in for launch.train: its loss is a parabola over log10 of the learning rate, lowest at the kind's best.
+# Stands in for launch.train: its loss rises with the distance of the learning rate's logarithm from the kind's best,
+# its accuracy with the logarithm.
 FAKE = """
 import json, math, os, pathlib, re, signal, sys, time
 flags = dict(word.removeprefix("--").removeprefix("config.").split("=", 1) for word in sys.argv[1:])
@@ -43,8 +44,10 @@ best, more = (1e-3, 0.25 + seed**2 / 1000) if kind == "gpt2" else (3e-3, 0)
 loss = 1.5 + abs(math.log10(rate / best)) + seed / 100 + more
 if mood == "nan" and rate == 1e-3:
     loss = None
-lines = [dict(step=steps, split="train", loss=2.0, tokens_per_second=500.0), dict(step=steps, split="held", loss=loss)]
-lines += [dict(step=steps, split="other", loss=9.0), dict(step=steps - 1, split="held", loss=0.0)]
+unit = "images" if "digits" in flags["config"] else "tokens"
+held = dict(step=steps, split="held", loss=loss, accuracy=0.9 + math.log10(rate / 1e-2) / 10 - seed / 100)
+lines = [dict(step=steps, split="train", loss=2.0, accuracy=0.0) | {f"{unit}_per_second": 500.0}, held]
+lines += [dict(step=steps, split="other", loss=9.0, accuracy=0.0), held | dict(step=steps - 1, loss=0.0, accuracy=0.0)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (out / "checkpoints" / str(steps)).mkdir(parents=True, exist_ok=True)
 arrays = {"params/a": dict(shape=[3, 4]), "params/b": dict(shape=[]), "opt_state/a": dict(shape=[100])}
@@ -139,6 +142,29 @@ def test_without_a_sweep_the_config_decides(call, tmp_path):
     assert rows[2][1] == "1.9771" and rows[2][3] == "+0.2271"
 
 
+IMAGES = (f"--config={ROOT}/configs/digits.py", "--vary=model.kind=resnet,aether_resnet", *SWEEP[1:], "--score=error")
+
+
+def test_a_study_of_images_counts_images_and_may_go_by_the_error(call, tmp_path):
+    code, out, err = call(*IMAGES)
+    assert code == 0, err
+    main, sweep = ([cells(row) for row in table.splitlines()] for table in out.split("\n\n")[:2])
+    assert main[0][2] == "error %" and main[0][-1] == "images/s"
+    assert [row[1:6] for row in main[2:]] == [["0.01 (edge)", "11.0000 ± 0.5774", "10.0000", "11.0000", "12.0000"]] * 2
+    assert main[3][6:] == ["+0.0000 ± 0.0000", "13", "500"]
+    assert [row[1:] for row in sweep[2:]] == [["20.0000", "15.2288", "**10.0000**"]] * 2, "the loss has another order"
+    assert all(r["images_per_second"] == 500 and "tokens_per_second" not in r for r in lines(tmp_path / "out"))
+
+
+def test_records_without_an_accuracy_have_no_error(call, tmp_path):
+    assert call(*IMAGES)[0] == 0
+    old = [{k: v for k, v in record.items() if k != "accuracy"} for record in lines(tmp_path / "out")]
+    (tmp_path / "out/results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
+    code, out, err = call(*IMAGES)
+    assert (code, out) == (2, "") and "no accuracy of kind=resnet" in err and err.count("\n") == 1
+    assert call(*IMAGES[:-1])[0] == 0, "the loss is there"
+
+
 def test_diverged_runs_lose_and_are_not_tried_again(call, tmp_path):
     code, out, _ = call(*SWEEP, mood="nan")
     sweep = [cells(row) for row in out.split("\n\n")[1].splitlines()[2:]]
@@ -167,7 +193,7 @@ def test_input_that_a_run_refuses_ends_the_study(call, tmp_path):
     ("words", "said"),
     [
         (["--vary=model.kin=gpt2"], "model.kind"),
-        (["--vary=model.kind=gpt2,bert"], "'bert'; it takes one of"),
+        (["--vary=model.kind=gpt2,gpt9"], "'gpt9'; it takes one of"),
         (["--vary=model.kind"], "write --vary=KEY=VALUE"),
         (["--vary=model.heads=3,4"], "make the width a multiple"),
         (["--vary=model.kind=gpt2,gpt2"], "once"),
@@ -178,7 +204,7 @@ def test_input_that_a_run_refuses_ends_the_study(call, tmp_path):
         (["--vary=train.seed=1,2"], "train.seed is set twice"),
         (["--vary=optim.clip=1", "--sweep=optim.clip=1,2"], "optim.clip is set twice"),
         (["--config.optim.schedule_steps=9"], "optim.schedule_steps is 9"),
-        (["--config.data.validation_fraction=0"], "validation text"),
+        (["--config.data.validation_fraction=0"], "validation data"),
         (["--jobs=0"], "--jobs"),
         (["--table_only"], "holds no study"),
     ],

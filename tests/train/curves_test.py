@@ -16,7 +16,7 @@ def test_any_curve_can_be_drawn(losses):
     curve = Curve()
     for step, loss in enumerate(losses, 1):
         curve.add({"step": step, "loss": loss, "learning_rate": 1e-3})
-    with Image.open(io.BytesIO(draw({"train": curve, "validation": curve}, "ⵟ 名", 32))) as image:
+    with Image.open(io.BytesIO(draw({"train": curve, "$\\x$": curve}, "ⵟ 名 $\\x$", 32))) as image:
         assert image.size == (1600, 1000)
 
 

@@ -4,7 +4,9 @@ BatchNorm's statistics are carried, averaged, saved and restored as parameters a
 """
 
 import dataclasses
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from aether.config import build
-from aether.errors import InputError
+from aether.errors import InputError, StorageError
 from aether.evaluate.load import load_run
 from aether.evaluate.run import evaluate_run
 from aether.testing import tiny_images, tiny_text
@@ -102,6 +105,22 @@ def test_evaluation_repeats_the_line_of_the_training_and_draws(runs):
     )
 
 
+def test_scores_are_printed_where_pictures_cannot_be_left(runs, place, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(runs[1], tmp_path / "run")
+    (folder / "evaluation").write_text("a file, where a folder has to be")
+    found = evaluate_run(str(folder))
+    assert found["images"] == 24 and found["pictures"] == []
+    assert "warning: no pictures, name a folder by --pictures: " in capsys.readouterr().err
+    monkeypatch.setattr("aether.evaluate.run.summer", lambda *args: pytest.fail("it was scored before"))
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, "read-only", dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(StorageError, match="asked: read-only file system; make it writable, or choose another folder"):
+        evaluate_run(str(folder), pictures=str(tmp_path / "asked"))
+
+
 def test_other_images_are_scored_by_path_and_must_be_of_these_classes(runs, place, tmp_path):
     assert evaluate_run(str(runs[0]), data=str(place / "tiny.npz"), pictures=str(tmp_path))["images"] == 96
     assert (tmp_path / "confusion.png").exists()
@@ -131,6 +150,23 @@ def test_a_run_may_start_from_another_ones_statistics(runs, place, tmp_path):
             assert moved.max() > 0, "one step moves them"
         else:
             np.testing.assert_allclose(x[...], y[...], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [("0123", "3 classes, and this one has 4;"), ("023", "'1' as class 1, and this one has '2' as class 1;")],
+)
+def test_a_run_of_other_classes_is_no_start(runs, place, tmp_path, rng, names, words):
+    """Also where the network has as many logits."""
+    for name in names:
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(8):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+            image.save(tmp_path / "set" / name / f"{number}.png")
+    c = config(place, data=dict(path=str(tmp_path / "set")), train=dict(init_from=str(runs[0])))
+    with pytest.raises(InputError, match=f"train.init_from names a run with {words} give images"):
+        train(c, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_classifier_writes_no_text(runs, capsys, monkeypatch):
