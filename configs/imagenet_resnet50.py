@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.data.path = "tfds:imagenet2012"
     config.data.batch_size = 1024
     config.data.workers = 32
-    config.data.prefetch = 64
+    config.data.prefetch = 32
     config.image.size = 224
     config.image.channels = 3
     config.image.crop = "resized"
