@@ -21,7 +21,7 @@ from launch import cli
 FLAGS = cli.new_flags(config=True)
 flags.DEFINE_string("topology", "", "v5p:8x8x8, v5e:16x16, tpu7x:4x4x4 ..., or GPUs: h100:16", flag_values=FLAGS)
 flags.DEFINE_integer("slices", 1, "slices of that topology, joined by their data centre", 1, flag_values=FLAGS)
-flags.DEFINE_integer("batch", 0, "sequences a step (0: data.batch_size)", 0, flag_values=FLAGS)
+flags.DEFINE_integer("batch", 0, "sequences or images a step (0: data.batch_size)", 0, flag_values=FLAGS)
 flags.DEFINE_integer("context", 0, "tokens a sequence (0: data.context)", 0, flag_values=FLAGS)
 flags.DEFINE_integer("vocab", 0, "ids of the tokenizer, or classes (0: by the config)", 0, flag_values=FLAGS)
 flags.DEFINE_bool("json", False, "print one JSON object", flag_values=FLAGS)

@@ -19,7 +19,7 @@ from aether.plan.memory import bytes_on_device
 from aether.train.setup import describe_state
 
 REMATS = ("none", "dots", "full", "offload")  # from most kept on the device to least
-ROWS = (1, 2, 4, 8, 16, 32, 64)  # sequences a device
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # sequences or images a device
 
 
 @dataclass(frozen=True)
