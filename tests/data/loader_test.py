@@ -49,6 +49,14 @@ def take(batches, n):
     return found
 
 
+def until(done, what):
+    """Wait for something that has to come."""
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline, f"not within 30 s: {what}"
+        time.sleep(0.05)
+
+
 def equal(left, right):
     return len(left) == len(right) and all(
         list(a) == list(b) and all(np.array_equal(a[k], b[k]) for k in a) for a, b in zip(left, right, strict=True)
@@ -107,8 +115,8 @@ def test_workers_give_the_same_batches(mixed, parsed):
 class Noted:
     """40 examples that leave a line in a file when they are made, a function of nothing but their number."""
 
-    def __init__(self, file, together=None):
-        self.file, self.together = file, together
+    def __init__(self, file, wait=lambda: None):
+        self.file, self.wait = file, wait
 
     def __len__(self):
         return 40
@@ -116,8 +124,7 @@ class Noted:
     def __getitem__(self, index):
         with open(self.file, "a") as f:
             f.write(f"{index}\n")
-        if self.together:
-            self.together.wait()
+        self.wait()
         return dict(number=np.int32(index))
 
     def draw(self, index, seed):
@@ -152,31 +159,38 @@ def test_no_more_is_read_ahead_than_asked(tmp_path, parsed, workers):
     batches.close()
 
 
-def test_evaluation_is_read_ahead_until_it_is_given_up(tmp_path):
-    threads = set(threading.enumerate())
-    for end in ("exhausted", "closed", "dropped", "cut short"):
-        noted = Noted(tmp_path / end)
-        batches = evaluation_batches(noted, DataConfig(batch_size=3, prefetch=2))
-        if end == "exhausted":
-            found = [batch["number"].tolist() for batch in batches]
-            assert found == [*([3 * k, 3 * k + 1, 3 * k + 2] for k in range(13)), [39, -1, -1]]
-        else:
-            assert noted.settled() == 6, "from the start, before anyone asks"
-            next(batches)
-            if end == "closed":
-                batches.close()
-            elif end == "cut short":
-                assert list(itertools.takewhile(lambda batch: False, batches)) == []
-            del batches
-        deadline = time.monotonic() + 30
-        while set(threading.enumerate()) - threads:
-            assert time.monotonic() < deadline, f"{end}, and its thread goes on"
-            time.sleep(0.05)
+def test_evaluation_is_read_ahead_from_the_start(tmp_path):
+    noted = Noted(tmp_path / "made")
+    batches = evaluation_batches(noted, DataConfig(batch_size=3, prefetch=2))
+    assert noted.settled() == 6, "before anyone asks"
+    assert [batch["number"].tolist() for batch in batches] == [
+        *([k, k + 1, k + 2] for k in range(0, 39, 3)),
+        [39, -1, -1],
+    ]
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped", "cut short"])
+def test_an_evaluation_that_is_given_up_reads_no_more(tmp_path, end):
+    threads, gate = set(threading.enumerate()), threading.Semaphore(1)
+    noted = Noted(tmp_path / "made", gate.acquire)
+    batches = evaluation_batches(noted, DataConfig(batch_size=1, prefetch=8))
+    if end == "cut short":
+        assert list(itertools.takewhile(lambda batch: False, batches)) == []
+    else:
+        next(batches)
+    until(lambda: noted.made() == 2, "the second waits at the gate")
+    if end == "closed":
+        batches.close()
+    else:
+        del batches
+    gate.release(40)
+    until(lambda: not set(threading.enumerate()) - threads, "its thread ends")
+    assert noted.made() == 2
 
 
 def test_evaluation_reads_in_as_many_threads_as_there_are_workers(tmp_path):
     together = threading.Barrier(3, timeout=30)  # which two threads would never pass
-    noted = Noted(tmp_path / "made", together)
+    noted = Noted(tmp_path / "made", together.wait)
     batches = evaluation_batches(noted, DataConfig(batch_size=1, workers=3), 39)
     assert [int(batch["number"][0]) for batch in batches] == [(2 * k + 1) * 40 // 78 for k in range(39)]
 
@@ -337,10 +351,7 @@ def test_workers_end_with_a_killed_run(config, tmp_path):
         subprocess.run(command, stdout=out, stderr=subprocess.DEVNULL, timeout=120)
     children = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert children
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid in children if _alive(pid)]:
-        assert time.monotonic() < deadline, f"{alive} outlived their parent"
-        time.sleep(0.05)
+    until(lambda: not any(map(_alive, children)), f"{children} end with their parent")
 
 
 def _alive(pid):
