@@ -46,7 +46,9 @@ class DataConfig(Section, prefix="data"):
         high=256,
         free=True,
     )
-    prefetch: int = knob(4, "batches read ahead, at least two a process of data.workers", low=1, high=1024, free=True)
+    prefetch: int = knob(
+        4, "batches read ahead, and two more for each process of data.workers", low=1, high=1024, free=True
+    )
     cache_dir: str = knob("", "where prepared corpora are kept (empty: $AETHER_CACHE or ~/.cache/aether)", free=True)
 
     def __post_init__(self) -> None:
