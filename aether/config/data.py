@@ -22,7 +22,10 @@ class DataConfig(Section, prefix="data"):
         {}, "validation texts or images, NAME -> path (default: `validation`, held out of data.path)"
     )
     validation_fraction: float = knob(
-        0.1, "share held out when data.validation is empty and the data have no split for it", low=0.0, high=0.9
+        0.1,
+        "share held out when data.validation is empty and the data have no split for it (0: none, that split neither)",
+        low=0.0,
+        high=0.9,
     )
     tokenizer: str = knob("bytes", "bytes, chars, a SentencePiece .model file, or gpt2:FOLDER with GPT-2's BPE files")
     text_key: str = knob("text", "the field with the text in JSONL, Parquet and TFDS records")
@@ -36,8 +39,16 @@ class DataConfig(Section, prefix="data"):
         high=0.9,
     )
     segments: bool = knob(True, "keep attention inside documents that are packed together")
-    workers: int = knob(0, "processes that read batches (0: a thread)", low=0, high=256, free=True)
-    prefetch: int = knob(4, "batches read ahead", low=1, high=1024, free=True)
+    workers: int = knob(
+        0,
+        "processes that read batches, and threads that read those of an evaluation (0: a thread)",
+        low=0,
+        high=256,
+        free=True,
+    )
+    prefetch: int = knob(
+        4, "batches read ahead, and two more for each process of data.workers", low=1, high=1024, free=True
+    )
     cache_dir: str = knob("", "where prepared corpora are kept (empty: $AETHER_CACHE or ~/.cache/aether)", free=True)
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class MeshConfig(Section, prefix="mesh"):
 
     data: int = knob(-1, "replicas, each with its share of the batch", low=-1, free=True)
     fsdp: int = knob(1, "like data, and parameters are split over it", low=-1, free=True)
-    tensor: int = knob(1, "heads, hidden units and vocabulary are split over it", low=-1, free=True)
+    tensor: int = knob(1, "heads, hidden units, channels and vocabulary are split over it", low=-1, free=True)
     sequence: int = knob(1, "positions of each sequence are split over it", low=-1, free=True)
     dcn_data: int = knob(-1, "slices along data", low=-1, free=True)
     dcn_fsdp: int = knob(1, "slices along fsdp", low=-1, free=True)

@@ -1,1 +1,1 @@
-"""Text from disk to batches: numpy and grain only, never JAX."""
+"""Texts and images from disk to batches: NumPy, PIL and Grain, never JAX."""

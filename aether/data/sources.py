@@ -60,6 +60,10 @@ def find_source(path: str, config: DataConfig) -> Source:
     Raises:
       InputError: nothing is there.
     """
+    if not path:
+        raise InputError(
+            "data.path is empty; set it (or the path in data.mixture or data.validation) to a file, folder or glob."
+        )
     if path.startswith(TFDS):
         source = _tfds(path, config)
     elif remote.is_remote(path):

@@ -1,1 +1,1 @@
-"""Evaluation: scores of a model on text, and runs loaded from their folder."""
+"""Evaluation: scores of a model on texts or images, and runs loaded from their folder."""

@@ -6,6 +6,7 @@ bottlenecks 1×1 → ⵟ 3×3 → 1×1. The baseline's are convolution → Batch
 Axes: b rows, h and w places, c channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from aether.parallel import ROWS, constrain, fetched
 
 _FAN_IN = 128  # at which `model.conv_bias` holds for spherical units
 _PLAIN_STD = 0.25  # of plain prototypes; measured better than 0.5, 1 and 2 (LOG.md)
+_LOOPED = (
+    8  # equal blocks that are worth a loop: XLA for CPUs takes ten times as long for their gradients in one (LOG.md)
+)
 _STEM_GAIN = 3.0  # differences of neighbouring pixels are a third as large as the pixels
 
 
@@ -137,7 +141,7 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one width: the first, which may change the shape of the stream, and the others, scanned."""
+    """Blocks of one width: the first, which may change the shape of the stream, and the others, stacked."""
 
     def __init__(self, c: ModelConfig, width: int, features: int, blocks: int, strides: int, rngs: nnx.Rngs):
         kind = Block if c.kind == "resnet" else YatBlock
@@ -148,23 +152,33 @@ class Stage(nnx.Module):
 
     def __call__(self, x: Array, train: bool) -> Array:
         """Map the stream (b, h, w, c), float32, to the next stage's."""
-        c = self.config
+        looped = self.config.scan_layers and self.length >= _LOOPED
+        x, statistics = self._runner(self.first, train, False)(x, nnx.state(self.first))
+        nnx.update(self.first, statistics)
+        if self.rest is None:
+            return x
+        run, states = self._runner(self.rest, train, looped), nnx.state(self.rest)
+        if looped:
+            x, statistics = jax.lax.scan(run, x, states)
+        else:
+            found = []
+            for k in range(self.length):
+                x, one = run(x, jax.tree.map(lambda v, k=k: v[k], states))
+                found.append(one)
+            statistics = jax.tree.map(lambda *each: jnp.stack(each), *found)
+        nnx.update(self.rest, statistics)
+        return x
 
-        def run(x: Array, part: tuple[nnx.GraphDef, nnx.State]) -> tuple[Array, nnx.State]:
-            graph, state = part
+    def _runner(self, blocks: nnx.Module, train: bool, looped: bool) -> Callable[..., tuple[Array, nnx.State]]:
+        """Return run(x, state of one of the blocks) -> the next x, and what its statistics have become."""
+        graph = nnx.graphdef(blocks)
+
+        def run(x: Array, state: nnx.State) -> tuple[Array, nnx.State]:
             block = nnx.merge(graph, fetched(state))
             x = block(checkpoint_name(_laid_out(x), "stream"), train)
             return x, nnx.state(block, nnx.BatchStat)
 
-        graph, state = nnx.split(self.first)
-        x, statistics = remat(c, lambda x, state: run(x, (graph, state)), looped=False)(x, state)
-        nnx.update(self.first, statistics)
-        if self.rest is not None:
-            rest, state = nnx.split(self.rest)
-            body = remat(c, lambda x, state: run(x, (rest, state)), looped=c.scan_layers and self.length > 1)
-            x, statistics = jax.lax.scan(body, x, state, unroll=1 if c.scan_layers else self.length)
-            nnx.update(self.rest, statistics)
-        return x
+        return remat(self.config, run, looped=looped)
 
 
 def _laid_out(x: Array) -> Array:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -12,9 +13,8 @@ import pytest
 from absl import flags
 
 from aether.config import DataConfig
-from aether.data import loader
 from aether.data.corpus import load_corpus, load_validation
-from aether.data.loader import batch_ids, evaluation_batches, train_batches
+from aether.data.loader import TrainSet, batch_ids, evaluation_batches, train_batches
 from aether.data.prepare import prepare
 from aether.data.sources import find_source
 from aether.data.tokenizers import load_tokenizer
@@ -47,6 +47,14 @@ def take(batches, n):
     if hasattr(batches, "close"):
         batches.close()
     return found
+
+
+def until(done, what):
+    """Wait for something that has to come."""
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline, f"not within 30 s: {what}"
+        time.sleep(0.05)
 
 
 def equal(left, right):
@@ -88,16 +96,103 @@ def test_processes_share_the_batch(mixed):
     assert equal([some], [{k: v[[0, 5]] for k, v in whole[0].items()}])
 
 
-def test_workers_give_the_same_batches(mixed):
+@pytest.fixture
+def parsed():
+    """absl's flags as a launcher leaves them, for Grain's processes."""
+    before = flags.FLAGS.is_parsed()
+    flags.FLAGS.mark_as_parsed()
+    yield
+    if not before:
+        flags.FLAGS.unparse_flags()
+
+
+def test_workers_give_the_same_batches(mixed, parsed):
     corpus = load_corpus(mixed)
     whole = take(train_batches(corpus.train, mixed, 3, 2), 5)
-    parsed = flags.FLAGS.is_parsed()
-    flags.FLAGS.mark_as_parsed()
-    try:
-        assert equal(take(train_batches(corpus.train, replace(mixed, workers=2), 3, 2), 5), whole)
-    finally:
-        if not parsed:
-            flags.FLAGS.unparse_flags()
+    assert equal(take(train_batches(corpus.train, replace(mixed, workers=2), 3, 2), 5), whole)
+
+
+class Noted:
+    """40 examples that leave a line in a file when they are made, a function of nothing but their number."""
+
+    def __init__(self, file, wait=lambda: None):
+        self.file, self.wait = file, wait
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        with open(self.file, "a") as f:
+            f.write(f"{index}\n")
+        self.wait()
+        return dict(number=np.int32(index))
+
+    def draw(self, index, seed):
+        return self[index]
+
+    def blank(self):
+        return dict(number=np.int32(-1))
+
+    def fetch(self, indices):
+        pass
+
+    def made(self):
+        return len(self.file.read_text().splitlines()) if self.file.exists() else 0
+
+    def settled(self):
+        """Wait for the first to be made and then until no more are, and return how many there are."""
+        deadline, before = time.monotonic() + 60, -1
+        while self.made() != before or not before:
+            assert time.monotonic() < deadline
+            before = self.made()
+            time.sleep(1)
+        return before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_more_is_read_ahead_than_asked(tmp_path, parsed, workers):
+    noted, config = Noted(tmp_path / "made"), DataConfig(batch_size=1, prefetch=12, workers=workers)
+    batches = train_batches([TrainSet("train", 1.0, noted)], config, 0)
+    next(batches)
+    # a process has one more in its hands, and so has the thread here that waits for it
+    assert 12 <= noted.settled() - 1 <= 12 + 2 * workers
+    batches.close()
+
+
+def test_evaluation_is_read_ahead_from_the_start(tmp_path):
+    noted = Noted(tmp_path / "made")
+    batches = evaluation_batches(noted, DataConfig(batch_size=3, prefetch=2))
+    assert noted.settled() == 6, "before anyone asks"
+    assert [batch["number"].tolist() for batch in batches] == [
+        *([k, k + 1, k + 2] for k in range(0, 39, 3)),
+        [39, -1, -1],
+    ]
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped", "cut short"])
+def test_an_evaluation_that_is_given_up_reads_no_more(tmp_path, end):
+    threads, gate = set(threading.enumerate()), threading.Semaphore(1)
+    noted = Noted(tmp_path / "made", gate.acquire)
+    batches = evaluation_batches(noted, DataConfig(batch_size=1, prefetch=8))
+    if end == "cut short":
+        assert list(itertools.takewhile(lambda batch: False, batches)) == []
+    else:
+        next(batches)
+    until(lambda: noted.made() == 2, "the second waits at the gate")
+    if end == "closed":
+        batches.close()
+    else:
+        del batches
+    gate.release(40)
+    until(lambda: not set(threading.enumerate()) - threads, "its thread ends")
+    assert noted.made() == 2
+
+
+def test_evaluation_reads_in_as_many_threads_as_there_are_workers(tmp_path):
+    together = threading.Barrier(3, timeout=30)  # which two threads would never pass
+    noted = Noted(tmp_path / "made", together.wait)
+    batches = evaluation_batches(noted, DataConfig(batch_size=1, workers=3), 39)
+    assert [int(batch["number"][0]) for batch in batches] == [(2 * k + 1) * 40 // 78 for k in range(39)]
 
 
 def test_workers_without_parsed_flags_say_so(mixed):
@@ -148,12 +243,13 @@ def test_a_late_step_is_reached_at_once(mixed):
     assert late["tokens"].shape == (6, 17)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_validation_has_every_window_once(config, processes):
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (3, 0), (1, 3), (3, 2)])
+def test_validation_has_every_window_once(config, processes, workers):
     corpus = load_corpus(config)
     windows = corpus.validation["validation"]
     shares = np.arange(6).reshape(processes, -1)
-    parts = [list(evaluation_batches(corpus.validation["validation"], config, 0, rows)) for rows in shares]
+    reading = replace(config, workers=workers)
+    parts = [list(evaluation_batches(windows, reading, 0, rows)) for rows in shares]
     assert len({len(p) for p in parts}) == 1 and len(windows) % 6, "the last batch is to be ragged"
     rows = [row for i in range(len(parts[0])) for p in parts for row in zip(p[i]["tokens"], p[i]["mask"], strict=True)]
     assert all((tokens == windows[i]["tokens"]).all() for i, (tokens, _) in enumerate(rows[: len(windows)]))
@@ -229,7 +325,7 @@ def test_prepared_tokenizers_must_match(config, tmp_path):
     prepare(find_source(config.path, config), config, load_tokenizer("bytes"), out, progress=False)
     with pytest.raises(InputError, match="data.tokenizer is chars"):
         load_corpus(replace(config, mixture=dict(x=out), tokenizer="chars"))
-    assert loader.load_corpus(replace(config, mixture=dict(x=out))).train[0].name == "x"
+    assert load_corpus(replace(config, mixture=dict(x=out))).train[0].name == "x"
 
 
 PARENT = """
@@ -255,10 +351,7 @@ def test_workers_end_with_a_killed_run(config, tmp_path):
         subprocess.run(command, stdout=out, stderr=subprocess.DEVNULL, timeout=120)
     children = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert children
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid in children if _alive(pid)]:
-        assert time.monotonic() < deadline, f"{alive} outlived their parent"
-        time.sleep(0.05)
+    until(lambda: not any(map(_alive, children)), f"{children} end with their parent")
 
 
 def _alive(pid):

@@ -51,6 +51,8 @@ def test_a_single_file_that_is_not_utf8(tmp_path):
 def test_missing_and_empty(tmp_path):
     with pytest.raises(InputError, match="nowhere.txt does not exist"):
         find_source(str(tmp_path / "nowhere.txt"), DataConfig())
+    with pytest.raises(InputError, match=r"^data\.path is empty; set it .* to a file, folder or glob"):
+        find_source("", DataConfig())
     with pytest.raises(InputError, match="holds no files"):
         find_source(str(tmp_path), DataConfig())
 

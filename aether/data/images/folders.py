@@ -18,13 +18,14 @@ from aether.errors import InputError, StorageError
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 HELD_OUT = ("val", "validation", "test")
 TINY_IMAGENET = "val_annotations.txt"  # file, tab, class, of the pictures in `images` beside it
+BOXES = "_boxes.txt"  # ends the name of another list of Tiny-ImageNet's, beside `images` in each class
 CHECK = 1  # changes with what a check looks for
 BLOCK = 1024  # files that wait for a thread at one time
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file below a class folder, by its path below the root."""
+    """A file below a class folder, by its path below the root; without a label where a list of labels omits it."""
 
     name: str
     label: str
@@ -44,12 +45,13 @@ def open_folder(root: str, config: DataConfig, strict: bool, log: Log) -> Source
     parts = ["train", *[p for p in HELD_OUT if os.path.isdir(os.path.join(root, p))][:1]] if split else [""]
     found = {part: list(_entries(root, part)) for part in parts}
     every = [entry for entries in found.values() for entry in entries]
-    bad, facts = _checked(root, every, config, log)
+    bad, facts = _checked(root, [entry for entry in every if entry.label], config, log)
+    bad |= {entry.name: f"not in {TINY_IMAGENET}" for entry in every if not entry.label}
     if bad and strict:
         name = next(iter(bad))
         raise InputError(
-            f"{os.path.join(root, name)} is not a whole picture ({bad[name]}), one of {len(bad)} such files; mend or "
-            "remove it, or set image.strict=False to skip them."
+            f"{os.path.join(root, name)} cannot be used ({bad[name]}), one of {len(bad)} such files; mend or remove "
+            "it, or set image.strict=False to skip them."
         )
     classes = _classes(root, parts, [[e for e in found[part] if e.name not in bad] for part in parts])
     stores = [_store(root, [e for e in found[part] if e.name not in bad], classes) for part in parts]
@@ -59,7 +61,7 @@ def open_folder(root: str, config: DataConfig, strict: bool, log: Log) -> Source
 
 
 def _entries(root: str, part: str) -> Iterator[Entry]:
-    """Yield the files of all classes in order, hidden ones left out."""
+    """Yield the files of all classes in order, hidden ones and Tiny-ImageNet's lists left out."""
 
     def unreadable(e: OSError) -> None:
         raise StorageError(f"{e.filename} cannot be read: {e.strerror}.") from e
@@ -72,9 +74,11 @@ def _entries(root: str, part: str) -> Iterator[Entry]:
         if below == ".":
             continue
         for name in sorted(n for n in names if not n.startswith(".")):
+            if name.endswith(BOXES) and "images" in folders:
+                continue
             label = labels.get(name, "") if labels else below.split("/")[0]
             path = os.path.join(folder, name)
-            if label and os.path.isfile(path):
+            if os.path.isfile(path):
                 s = os.stat(path)
                 yield Entry("/".join(filter(None, (part, below, name))), label, s.st_size, s.st_mtime_ns)
 

@@ -119,7 +119,7 @@ def image_set(source: Source, store: Store, labels: Labels, image: ImageConfig) 
     form = labels.pictures
     places = tuple(numbers[name] for name in source.classes)
     fill = round(255 * min(form.mean, 1.0))
-    return ImageSet(source.path, store, labels.names, places, image, form.size, form.channels, fill)
+    return ImageSet(source.path, store, places, image, form.size, form.channels, fill)
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Store, Store | None]:

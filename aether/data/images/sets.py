@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -11,9 +10,8 @@ from aether.config import ImageConfig
 from aether.data.images import augment, decode
 from aether.data.images.randaugment import randaugment
 from aether.data.images.stores import Store
+from aether.data.loader import Example
 from aether.errors import InputError
-
-Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,14 +22,12 @@ class ImageSet:
 
     Attributes:
       path: what the user called it.
-      label_names: the classes of the training set.
-      numbers: the label of each class of this set among them.
+      numbers: the label of each class of this set among those of the training set.
       fill: the grey of what an augmentation leaves empty.
     """
 
     path: str
     store: Store
-    label_names: tuple[str, ...]
     numbers: tuple[int, ...]
     image: ImageConfig
     size: int
@@ -61,7 +57,7 @@ class ImageSet:
         return dict(images=np.zeros((self.size, self.size, self.channels), np.uint8), labels=zero, mask=zero)
 
     def fetch(self, indices: Iterable[int]) -> None:
-        """Do nothing: pictures are read where they are used, as text is not."""
+        """Do nothing: pictures lie on this machine."""
 
     def name(self, index: int) -> str:
         """Return the file's path in its folder, or the number of the picture."""

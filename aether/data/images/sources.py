@@ -26,6 +26,8 @@ def open_source(path: str, config: DataConfig, strict: bool, log: Log) -> Source
     Raises:
       InputError: nothing of the kind is there, or it cannot be used.
     """
+    if not path:
+        raise InputError(f"data.path is empty; set it (or the path in data.validation) to {ACCEPTED}.")
     if path == arrays.DIGITS:
         return arrays.digits()
     if path.startswith(TFDS):

@@ -72,6 +72,29 @@ def test_tiny_imagenets_list_of_held_out_pictures(tmp_path, class_folder, opened
     }
 
 
+def test_tiny_imagenets_other_lists(tmp_path, class_folder, opened):
+    """Boxes lie beside the pictures of a class, and are none; a held-out picture without a class is left out, named."""
+    root = tmp_path / "set"
+    class_folder(root / "train", count=3)
+    for name in ("cat", "dog"):
+        (root / "train" / name).rename(root / name)
+        (root / "train" / name).mkdir()
+        (root / name).rename(root / "train" / name / "images")
+        (root / "train" / name / f"{name}_boxes.txt").write_text("0.jpg\t0\t0\t62\t62\n")
+    class_folder(root / "val", classes=("images",), count=3)
+    (root / "val/val_annotations.txt").write_text("0.jpg\tdog\n2.webp\tcat\n1.png\tdog\n")
+    source = opened(root, strict=True)
+    assert len(source.train) == 6 and source.skipped == ()
+    (root / "val/val_annotations.txt").write_text("0.jpg\tdog\n2.webp\tcat\n")
+    source = opened(root)
+    assert source.held_out.files == ("val/images/0.jpg", "val/images/2.webp")
+    assert source.skipped == ("val/images/1.png (not in val_annotations.txt)",)
+    with pytest.raises(InputError, match=r"1\.png cannot be used \(not in val_annotations\.txt\), one of 1 such"):
+        opened(root, strict=True)
+    (root / "train/cat/images/notes_boxes.txt").write_text("among pictures it is no list of theirs")
+    assert "train/cat/images/notes_boxes.txt (not .jpg, .jpeg, .png, .webp)" in opened(root).skipped
+
+
 def test_what_is_not_a_whole_picture_is_left_out_and_named(damaged, opened):
     root, wrong = damaged
     source = opened(root)
@@ -83,9 +106,7 @@ def test_what_is_not_a_whole_picture_is_left_out_and_named(damaged, opened):
 
 
 def test_strict_stops_at_the_first_of_them(damaged, opened):
-    with pytest.raises(
-        InputError, match=r"cut\.jpg is not a whole picture \(.*truncated.*one of 6 such files.*image\.strict"
-    ):
+    with pytest.raises(InputError, match=r"cut\.jpg cannot be used \(.*truncated.*one of 6 such files.*image\.strict"):
         opened(damaged[0], strict=True)
 
 

@@ -51,6 +51,10 @@ def test_the_choice_does_not_depend_on_the_place(npz, tmp_path, class_folder):
 def test_nothing_is_held_out_if_so_asked(npz):
     images = load_images(DataConfig(path=npz(), validation_fraction=0.0), ImageConfig())
     assert not images.validation and len(images.train) == 30
+    own = npz("split", **{f"{part}_{k}": v for part in ("train", "test") for k, v in np.load(npz()).items()})
+    for fraction, held in ((0.1, ["validation"]), (0.0, [])):
+        images = load_images(DataConfig(path=own, validation_fraction=fraction), ImageConfig())
+        assert list(images.validation) == held and len(images.train) == 30
 
 
 def test_size_channels_mean_and_deviation_are_the_datas_own(npz):
@@ -128,7 +132,7 @@ def test_the_summary_names_what_was_left_out(tmp_path, class_folder):
     assert lines[1].startswith(f"{root}: skipped 7 files: cat/bad0.png (no picture that PIL knows), cat/bad1.png")
     assert lines[1].endswith("cat/bad4.png (no picture that PIL knows) and 2 more")
     assert lines[2] == f"validation: 2 images of 2 classes, 8 x 8 x 3, from {root}"
-    with pytest.raises(InputError, match="bad0.png is not a whole picture"):
+    with pytest.raises(InputError, match="bad0.png cannot be used"):
         load_images(DataConfig(path=str(root)), ImageConfig(strict=True))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from aether.config import DataConfig, ImageConfig
 from aether.data.images.load import load_images
-from aether.data.loader import TrainSet, train_batches
+from aether.data.loader import TrainSet, evaluation_batches, train_batches
 from aether.errors import InputError, StorageError
 
 DRAWN = dict(flip=True, jitter=0.3, randaugment=2, cutout=3)
@@ -50,7 +50,7 @@ def test_examples_as_evaluated(arrays, files):
     assert not blank["images"].any() and blank["mask"] == 0
     small = files(size=14, eval_crop=0.7)
     got, image = small[1]["images"], Image.open(f"{small.path}/{small.name(1)}")
-    assert small.name(1) == "cat/1.png" and small.label_names == ("cat", "dog")
+    assert small.name(1) == "cat/1.png"
     np.testing.assert_array_equal(got, np.asarray(image.crop((8, 3, 22, 17))))
 
 
@@ -94,6 +94,18 @@ def test_worker_processes_make_the_same_batches(files, image_tfds):
     for one, two in zip(here, there, strict=True):
         assert one.keys() == two.keys() == {"images", "labels", "mask"} and one["images"].shape == (4, 16, 16, 3)
         assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluation_in_threads_gives_the_same_batches(files, image_tfds):
+    """Records are opened in all of them at once."""
+    data = DataConfig(path="tfds:small_image", tfds_dir=image_tfds[0], batch_size=5, workers=4)
+    for found in (files(size=16), load_images(data, ImageConfig(size=16)).validation["validation"]):
+        batches = list(evaluation_batches(found, data))
+        for key in ("images", "labels", "mask"):
+            rows = np.concatenate([batch[key] for batch in batches])
+            assert np.array_equal(rows[: len(found)], [found[i][key] for i in range(len(found))])
+            assert len(rows) % 5 == 0 and not rows[len(found) :].any()
 
 
 def test_what_is_cut_out_is_the_mean(arrays):

@@ -19,6 +19,8 @@ def test_an_unknown_path_lists_what_is_accepted(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"a\.txt is none of these"):
         opened(tmp_path / "a.txt")
+    with pytest.raises(InputError, match=r"^data\.path is empty; set it .* to digits, tfds:NAME"):
+        opened("")
     with pytest.raises(InputError, match="gs://bucket/set is remote, .* copy them there, or take tfds:NAME"):
         opened("gs://bucket/set")
 
