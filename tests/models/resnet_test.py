@@ -247,15 +247,22 @@ def test_recomputing_blocks_changes_nothing(rng, kind):
 
 
 @pytest.mark.parametrize(
-    ("stages", "scan", "outside"), [("1,1", True, 2), ("2,2", True, 4), ("3", True, 1), ("3", False, 2)]
+    ("stages", "scan", "outside"), [("1,1", True, 2), ("3", True, 3), ("9", True, 1), ("9", False, 9)]
 )
 def test_what_is_computed_twice_is_kept_apart_outside_of_loops(stages, scan, outside):
-    """Else XLA would merge the second computation into the first; equal blocks share a function, so count once."""
+    """Else XLA would merge the second computation into the first."""
     x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     c = config("aether_resnet", **{**TINY, "stages": stages}, remat="full", scan_layers=scan)
     graph, state = nnx.split(nnx.eval_shape(lambda: ResNet(c, 3, nnx.Rngs(0))))
     grad = jax.grad(lambda s, x: jnp.sum(nnx.merge(graph, s)(x) ** 2))
     assert jax.jit(grad).lower(state, x).as_text().count("optimization_barrier") == outside
+
+
+def test_a_loop_over_blocks_is_each_block_on_its_own(rng):
+    (x, labels), key = batch(rng), jax.random.key(0)
+    fields = {**TINY, "stages": "9"}
+    one, other = (drawn(config("resnet", **fields, scan_layers=scan)) for scan in (True, False))
+    same(stepped(one, x, labels, key), stepped(other, x, labels, key))
 
 
 def test_dropout_needs_a_key(rng):
