@@ -23,9 +23,7 @@ from aether.parallel import ROWS, constrain, fetched
 
 _FAN_IN = 128  # at which `model.conv_bias` holds for spherical units
 _PLAIN_STD = 0.25  # of plain prototypes; measured better than 0.5, 1 and 2 (LOG.md)
-_LOOPED = (
-    8  # equal blocks that are worth a loop: XLA for CPUs takes ten times as long for their gradients in one (LOG.md)
-)
+_LOOPED = 8  # blocks of a stage that are worth a loop: in one, XLA for CPUs is ten times slower (LOG.md)
 _STEM_GAIN = 3.0  # differences of neighbouring pixels are a third as large as the pixels
 
 
