@@ -19,7 +19,17 @@ FOLDERS = ("aether", "launch", "tools", "configs")
 
 # A module imports only lower ranks or its own folder. `errors` stands below `config`, which raises them.
 RANKS = {
-    **{"errors": -1, "chips": 0, "config": 0, "kernels": 0, "storage": 0, "remote": 0, "nn": 2, "models": 3},
+    **{
+        "errors": -1,
+        "chips": 0,
+        "figures": 0,
+        "config": 0,
+        "kernels": 0,
+        "storage": 0,
+        "remote": 0,
+        "nn": 2,
+        "models": 3,
+    },
     **{"parallel": 1, "data": 1, "arrays": 1, "processes": 1},
     **{"losses": 4, "generate": 4, "checkpoint": 4, "workdir": 4},
     **{"evaluate": 5, "export": 5, "explain": 5, "train": 6, "testing": 6, "plan": 7, "launch": 8, "tools": 9},

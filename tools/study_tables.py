@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aether.config import build
-from aether.evaluate.pictures import new_figure, png
+from aether.figures import new_figure, png
 from aether.storage import write_atomic
 from tools.study_plan import Combination, Results, Study
 

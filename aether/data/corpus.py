@@ -7,8 +7,9 @@ from pathlib import Path
 
 from aether.config import Config, DataConfig
 from aether.data.cache import characters_of, find, prepare_cached
+from aether.data.examples import Examples
 from aether.data.images.load import Labels, load_images
-from aether.data.loader import Examples, TrainSet
+from aether.data.loader import TrainSet
 from aether.data.masked import MaskedWindows
 from aether.data.pack import Windows
 from aether.data.prepared import Prepared, check_tokenizer

@@ -1,16 +1,13 @@
-"""Pictures of a classifier's mistakes, as PNG; what all our pictures share."""
+"""Pictures of a classifier's mistakes, as PNG."""
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from aether.evaluate.images import Mistake
+from aether.figures import INK, new_figure, png
 
-INK, MUTED = "#1f2933", "#7b8794"
 NAMED = 30  # classes whose names and counts are written
 COLUMNS = 6
 
@@ -69,22 +66,3 @@ def draw_mistakes(mistakes: Sequence[Mistake], names: Sequence[str], images: int
 def _name(names: Sequence[str], label: int) -> str:
     """Name a class: by its number where the model has more classes than the data."""
     return "nothing" if label < 0 else names[label] if label < len(names) else str(label)
-
-
-def new_figure(width: float, height: float, dpi: int = 140) -> Any:
-    """Return an empty figure of so many inches, which no screen is needed for."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png(figure: Any) -> bytes:
-    """Return a figure as PNG."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()

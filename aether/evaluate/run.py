@@ -10,8 +10,9 @@ import jax
 from tqdm import tqdm
 
 from aether.data.corpus import Corpus, load_validation, masked_view, open_corpus
+from aether.data.examples import Examples
 from aether.data.images.load import load_validation as load_images
-from aether.data.loader import Examples, evaluation_batches
+from aether.data.loader import evaluation_batches
 from aether.errors import InputError, StorageError
 from aether.evaluate.images import Mistakes, image_sums, summarise_images
 from aether.evaluate.load import Run, load_run

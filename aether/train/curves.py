@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aether.evaluate.pictures import INK, MUTED, new_figure, png
+from aether.figures import INK, MUTED, new_figure, png
 from aether.train.metrics import Curve
 
 CURVES = "curves.png"

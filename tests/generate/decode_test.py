@@ -9,7 +9,7 @@ from flax import nnx
 from aether.config import MeshConfig
 from aether.generate.decode import CHUNK, Decoder
 from aether.generate.sample import sample
-from aether.models import MODELS
+from aether.models import GPT
 from aether.parallel import make_mesh, shardings
 from aether.testing import VOCAB, tiny_config
 
@@ -23,8 +23,7 @@ class Case:
 
     def __init__(self, kind: str, position: str, vocab: int = VOCAB, eot: int = EOT):
         config = tiny_config(kind, model=dict(position=position), data=dict(context=CONTEXT))
-        make = MODELS[kind]
-        self.graph, self.shapes = nnx.split(nnx.eval_shape(lambda: make(config.model, CONTEXT, nnx.Rngs(0))))
+        self.graph, self.shapes = nnx.split(nnx.eval_shape(lambda: GPT(config.model, CONTEXT, nnx.Rngs(0))))
         rng = np.random.default_rng(5)
         # At birth a branch adds almost nothing to the stream, and a wrong cache would go unnoticed.
         self.params = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), self.shapes)

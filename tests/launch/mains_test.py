@@ -68,7 +68,7 @@ def test_train_refuses_before_anything_is_loaded(replace, capsys):
 def test_evaluate_prints_one_line_of_json(replace, capsys):
     calls = replace("aether.evaluate.run", "evaluate_run", {"step": 3, "loss": 1.25, "perplexity": float("inf")})
     assert run(evaluate, "--workdir=w", "--step=3", "--data=x.txt", "--batches=2") == 0
-    assert calls == [(("w",), {"step": 3, "data": "x.txt", "batches": 2})]
+    assert calls == [(("w",), {"step": 3, "data": "x.txt", "batches": 2, "pictures": None})]
     out = capsys.readouterr().out
     assert out.endswith("\n") and json.loads(out.splitlines()[-1]) == {"step": 3, "loss": 1.25, "perplexity": None}
 
@@ -76,7 +76,7 @@ def test_evaluate_prints_one_line_of_json(replace, capsys):
 def test_evaluate_defaults(replace):
     calls = replace("aether.evaluate.run", "evaluate_run", {})
     assert run(evaluate, "--workdir=w") == 0
-    assert calls == [(("w",), {"step": None, "data": None, "batches": 0})]
+    assert calls == [(("w",), {"step": None, "data": None, "batches": 0, "pictures": None})]
     assert run(evaluate) == 2 and run(evaluate, "--workdir=w", "--step=-1") == 2
     assert len(calls) == 1
 
@@ -87,7 +87,7 @@ def generated(replace):
 
     def generated(streams: list) -> tuple[list, list, list]:
         tokenizer = types.SimpleNamespace(eot=9, vocab_size=10)
-        config = types.SimpleNamespace(data=types.SimpleNamespace(context=64))
+        config = types.SimpleNamespace(data=types.SimpleNamespace(context=64), model=types.SimpleNamespace(task="lm"))
         run = types.SimpleNamespace(graph="graph", params="params", config=config, tokenizer=tokenizer)
         loads = replace("aether.evaluate.load", "load_run", run)
         decoders = replace("aether.generate.decode", "Decoder", "decoder")

@@ -13,7 +13,7 @@ from flax import nnx
 
 from aether.config import SIZES, ModelConfig
 from aether.losses import lm
-from aether.models import MODELS
+from aether.models import GPT
 from aether.testing import VOCAB, drawn_model, equations, tiny_batch, tiny_config, tiny_model
 
 T = 6
@@ -37,7 +37,7 @@ def drawn(**model):
 
 
 def shapes(config, context=1024):
-    model = nnx.eval_shape(lambda: MODELS[config.kind](config, context, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: GPT(config, context, nnx.Rngs(0)))
     return {"/".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(model))}
 
 

@@ -314,7 +314,7 @@ def test_a_signal_during_the_start(text, tmp_path, one_device, monkeypatch, numb
         os.kill(os.getpid(), number)
         raise AssertionError("the signal did not interrupt")
 
-    monkeypatch.setattr("aether.train.setup.load_corpus", load_corpus)
+    monkeypatch.setattr("aether.train.setup.open_corpus", load_corpus)
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=f"{signal.Signals(number).name} during the start"):
         loop.train(settings(text), str(tmp_path / "run"))

@@ -28,6 +28,7 @@ from aether.train.report import Console, Reporter, finished
 from aether.workdir import Workdir
 
 CONFIG = {"data": {"batch_size": 4, "context": 8}}
+PER_STEP = 32
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def reporter(tmp_path):
     made = []
 
     def make(start_step=0, **kwargs):
-        kwargs = dict(total_steps=100, name="test", config=CONFIG, stream=io.StringIO()) | kwargs
+        kwargs = dict(total_steps=100, name="test", config=CONFIG, per_step=PER_STEP, stream=io.StringIO()) | kwargs
         made.append(Reporter(kwargs.pop("workdir", None) or Workdir(str(tmp_path)), start_step=start_step, **kwargs))
         return made[-1]
 
@@ -300,7 +301,7 @@ def test_curves_are_drawn_also_from_lines_of_before_a_restart(reporter, tmp_path
     again.close()
     ((curves, rest),) = drawn
     assert list(curves["train"].steps) == list(range(1, 22)) and "validation" not in curves
-    assert rest == ("test  ·  1.24M parameters", 32)
+    assert rest == ("test  ·  1.24M parameters", PER_STEP, "tokens")
     assert (tmp_path / "curves.png").read_bytes() == b"png"
 
 

@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 
 from aether.config import ImageConfig
+from aether.data.examples import Example
 from aether.data.images import augment, decode
 from aether.data.images.randaugment import randaugment
 from aether.data.images.stores import Store
-from aether.data.loader import Example
 from aether.errors import InputError
 
 
