@@ -129,6 +129,7 @@ def test_other_images_are_scored_by_path_and_must_be_of_these_classes(runs, plac
         evaluate_run(str(runs[0]), data=str(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aether_resnet", "aether_vit"])
 def test_the_family_learns(place, tmp_path, kind):
     model = dict(kind=kind, width=8) | (dict(layers=1, heads=2, patch=2, stages="auto") if kind == "aether_vit" else {})
