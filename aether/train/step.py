@@ -60,10 +60,12 @@ def make_step(
     """Return step(state, batch) -> (state, metrics): pure, to be jitted with a donated state.
 
     The batch may be split into `train.accumulate` microbatches; their gradients are those of summed losses, divided by
-    the tokens of the whole batch, so that the result does not depend on the split. A step whose loss or gradient is not
-    finite, or whose loss is a spike (`aether.train.spikes`), changes nothing but the counters. Metrics: loss (nats a
-    token), accuracy, grad_norm, learning_rate, tokens, skipped, skipped_in_a_row, where spikes are looked for `spike`,
-    and where the batch carries `stop` its largest number.
+    what the whole batch scores, so that the result does not depend on the split, but for what looks at a microbatch as
+    a whole: BatchNorm's statistics, and the partners of mixed images. A step whose loss or gradient is not finite, or
+    whose loss is a spike (`aether.train.spikes`), changes nothing but the counters. Metrics: loss (nats a token or
+    image), accuracy (of mixed images against their own labels), grad_norm, learning_rate, `tokens` or `images`, those
+    that were scored, skipped, skipped_in_a_row, where spikes are looked for `spike`, and where the batch carries `stop`
+    its largest number.
 
     Args:
       config: resolved.
