@@ -5,8 +5,8 @@ Install:  pip install -e ".[vision]"
 Command:  python -m launch.train --config=configs/digits.py
 Pictures: python -m launch.evaluate --workdir=runs/digits
 Baseline: the same with --config.model.kind=resnet --workdir=runs/digits_resnet
-Time:     67 s for 1000 steps on two CPU cores that did other work too.
-Result:   accuracy 100.00 % of the 359 held-out images.
+Time:     42 s on two CPU cores that did other work too.
+Result:   accuracy 99.16 % of the 359 held-out images, loss 0.032.
 """
 
 from ml_collections import ConfigDict

@@ -100,9 +100,8 @@ class Checkpoints:
         self, like_params: Any, step: int | None = None, *, part: str = "params"
     ) -> tuple[Any, dict[str, Any], int]:
         """Read (parameters, meta, step) from the arrays under `part` alone; like `restore`, but renames nothing."""
-        wanted = {f"{part}/{name}": leaf for name, leaf in arrays.named_leaves(like_params).items()}
-        values, meta, found, _ = self._newest(wanted, step, f"{part}/")
-        return jax.tree.unflatten(jax.tree.structure(like_params), values), meta, found
+        (params,), meta, found = self._parts({part: like_params}, step)
+        return params, meta, found
 
     def restore_model(
         self, params: Any, extras: Any, step: int | None = None, *, averaged: bool
@@ -116,12 +115,16 @@ class Checkpoints:
           averaged: read the averages of both.
         """
         parts = {"ema": nnx.merge_state(params, extras)} if averaged else {"params": params, "extras": extras}
-        named = {part: arrays.named_leaves(like) for part, like in parts.items()}
-        wanted = {f"{part}/{name}": leaf for part, leaves in named.items() for name, leaf in leaves.items()}
-        values, _, found, _ = self._newest(wanted, step, tuple(f"{part}/" for part in parts))
-        left = iter(values)
-        read = [jax.tree.map(lambda _: next(left), like) for like in parts.values()]
+        read, _, found = self._parts(parts, step)
         return nnx.merge_state(*read), found
+
+    def _parts(self, likes: dict[str, Any], step: int | None) -> tuple[list[Any], dict[str, Any], int]:
+        """Read (values, meta, step) of some parts of a state, each like what is given for it, and nothing else."""
+        named = {part: arrays.named_leaves(like) for part, like in likes.items()}
+        wanted = {f"{part}/{name}": leaf for part, leaves in named.items() for name, leaf in leaves.items()}
+        values, meta, found, _ = self._newest(wanted, step, tuple(f"{part}/" for part in likes))
+        left = iter(values)
+        return [jax.tree.map(lambda _: next(left), like) for like in likes.values()], meta, found
 
     def before(self, step: int) -> int | None:
         """Return the newest step that is no later than `step`, or None."""
