@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from aether.config import Config, build
+from aether.config import Config, Pictures, build
 from aether.models import describe_model, make_model
 
 VOCAB = 32
@@ -94,3 +94,76 @@ def tiny_images(folder: Path, count: int = 96, side: int = 8, classes: int = 3) 
     path = folder / "tiny.npz"
     np.savez(path, images=images.astype(np.uint8), labels=labels)
     return path
+
+
+_TEXT_MODEL = dict(layers=2, heads=4, width=16, hidden=24, dtype="float32", vocab_multiple=16)
+_IMAGE_MODEL = dict(dtype="float32")
+
+# Each family, and each part turned at least once: what an export has to reproduce.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "aether": dict(kind="aether", **_TEXT_MODEL),
+    "aether_plain": dict(kind="aether", spherical=False, yat_bias=0.0, head="tied", position="learned", **_TEXT_MODEL),
+    "aether_norm": dict(kind="aether", norm="layernorm", linear_bias="yes", mlp="gelu", **_TEXT_MODEL),
+    "gpt2": dict(kind="gpt2", **_TEXT_MODEL),
+    "gpt2_dot_yat": dict(kind="gpt2", mlp="yat", position="rotary", head="untied", **_TEXT_MODEL),
+    "minibert": dict(kind="minibert", **_TEXT_MODEL),
+    "minibert_linear": dict(kind="minibert", attention="yat_linear", features=12, **_TEXT_MODEL),
+    "bert": dict(kind="bert", position="learned", head="untied", **_TEXT_MODEL),
+    "aether_vit": dict(
+        kind="aether_vit", layers=2, heads=4, width=16, patch=4, head="yat", pool="class", **_IMAGE_MODEL
+    ),
+    "vit": dict(kind="vit", layers=2, heads=4, width=16, patch=4, **_IMAGE_MODEL),
+    "vit_linear": dict(
+        kind="aether_vit",
+        layers=2,
+        heads=4,
+        width=16,
+        patch=4,
+        attention="yat_linear",
+        position="rotary",
+        **_IMAGE_MODEL,
+    ),
+    "aether_resnet": dict(kind="aether_resnet", stages="1,2", width=8, stem="cifar", **_IMAGE_MODEL),
+    "aether_resnet_deep": dict(
+        kind="aether_resnet", size="50", stages="2,1", width=4, stem="imagenet", conv_spherical=True, **_IMAGE_MODEL
+    ),
+    "aether_resnet_head": dict(
+        kind="aether_resnet", stages="2,2", width=8, stem="stride2", head="yat", conv_bias=0.0, **_IMAGE_MODEL
+    ),
+    "resnet": dict(kind="resnet", stages="2,2", width=8, stem="stride2", **_IMAGE_MODEL),
+    "resnet_deep": dict(kind="resnet", size="50", stages="1,2", width=4, stem="imagenet", head="yat", **_IMAGE_MODEL),
+}
+TEXTS = [name for name, model in NETWORKS.items() if model["kind"] in ("aether", "gpt2", "minibert", "bert")]
+IMAGES = [name for name in NETWORKS if name not in TEXTS]
+_SIDE, _CHANNELS, _CLASSES = 16, 3, 5
+
+
+def network_config(name: str) -> Config:
+    """Return the resolved config of a network."""
+    values = dict(model=NETWORKS[name], data=dict(context=12, batch_size=4), optim=dict(learning_rate=1e-2))
+    if name in TEXTS:
+        return build(values).resolved(VOCAB)
+    pictures = Pictures(classes=_CLASSES, size=_SIDE, channels=_CHANNELS, mean=0.4, std=0.3)
+    return build(values).resolved(_CLASSES, pictures)
+
+
+def inputs_of(config: Config, rows: int = 4) -> np.ndarray:
+    """Return ids (rows, 12), or images (rows, 16, 16, 3) as the network takes them."""
+    rng = np.random.default_rng(7)
+    if config.model.task == "classify":
+        return rng.normal(size=(rows, _SIDE, _SIDE, _CHANNELS)).astype(np.float32)
+    ids = config.model.vocab + (config.model.task == "mlm")
+    return rng.integers(0, ids, (rows, config.data.context)).astype(np.int32)
+
+
+def drawn_state(config: Config, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return a network's graph, and parameters and statistics from N(0, 1/9), variances above 0."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, v: nnx.Variable) -> nnx.Variable:
+        value = rng.uniform(0.5, 2, v.shape) if path[-1] == "var" else rng.normal(size=v.shape) / 3
+        return v.replace(jnp.asarray(value, jnp.float32))
+
+    graph, *shapes = describe_model(config)
+    flat = nnx.to_flat_state(nnx.merge_state(*shapes))
+    return graph, nnx.from_flat_state([(path, draw(path, v)) for path, v in flat])

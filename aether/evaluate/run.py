@@ -45,7 +45,7 @@ def evaluate_run(
     run = load_run(workdir, step)
     if pictures and run.labels is None:
         raise InputError(f"--pictures is {pictures!r}, but {run.config.model.kind} reads text; leave it out.")
-    name, examples = _examples(run, data)
+    name, examples = validation_examples(run, data)
     config = dataclasses.replace(run.config.data, batch_size=_rows(run))
     total = -(-len(examples) // config.batch_size)
     shown = tqdm(
@@ -93,7 +93,8 @@ def _check_writable(home: Workdir) -> None:
             tempfile.TemporaryFile(dir=home.local).close()
 
 
-def _examples(run: Run, data: str | None) -> tuple[str, Examples]:
+def validation_examples(run: Run, data: str | None = None) -> tuple[str, Examples]:
+    """Return the name and the examples of the data that `evaluate_run` would score."""
     c = run.config.data
     named = c.validation or ({} if c.mixture or not c.validation_fraction else {"validation": ""})
     if data and data not in named:

@@ -1,0 +1,1 @@
+"""Networks for other frameworks, each export checked against the network that it came from."""

@@ -1,0 +1,148 @@
+"""What an export is made of: the facts of a network, and its parameters by name, block by block.
+
+Names are those of the modules here and `nmn`'s: `embed.embedding` (ids, width), `blocks.3.attention.query.kernel` (in,
+out), `stages.0.1.hidden.kernel` (k, k, in, out). Against a checkpoint, stacked blocks are taken apart, rows and columns
+that pad a vocabulary are gone, kernels of zero sum are as they are used, a tied head has no array, and beside the
+`anchors` of linear attention stands `whitening`, L⁻¹ of their Gram matrix.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from aether.config import Config, ModelConfig
+from aether.errors import InputError
+from aether.kernels import features
+from aether.models.block import USUAL_STD
+
+FORMAT = 1
+NORM_EPSILON = 1e-5  # of LayerNorm and BatchNorm
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+Parameters = dict[str, np.ndarray]
+
+_STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "stride2": (3, 2, False)}
+_TRANSFORMER = ("layers", "heads", "width", "hidden", "attention", "mlp", "norm", "position", "head", "spherical")
+
+
+def facts_of(config: Config) -> dict[str, Any]:
+    """Return what a reader needs beside the parameters to compute what the network computes, as JSON takes it."""
+    m = config.model
+    facts: dict[str, Any] = dict(format=FORMAT, family=m.family, kind=m.kind, norm_epsilon=NORM_EPSILON)
+    if m.family == "resnet":
+        size, strides, pooled = _STEMS[m.stem]
+        stem = dict(size=size, strides=strides, pool=pooled)
+        facts |= dict(stages=list(m.blocks), width=m.width, head=m.head, stem=stem, bottleneck=m.bottleneck)
+        facts |= dict(units="relu" if m.kind == "resnet" else "yat", spherical=m.conv_spherical)
+    else:
+        facts |= {name: getattr(m, name) for name in _TRANSFORMER} | dict(rope_theta=m.rope_theta)
+    if m.attention == "yat_linear":
+        facts |= dict(kernel_bias=m.yat_bias, kernel_epsilon=m.epsilon)
+    if m.family == "vit":
+        facts |= dict(patch=m.patch, pool=m.pool)
+    if m.task == "classify":
+        i = config.image
+        return facts | dict(classes=m.classes, image_size=i.size, channels=i.channels, mean=i.mean, std=i.std)
+    scale = USUAL_STD / m.embed_std if m.head == "tied" else 1.0
+    return facts | dict(vocab=m.vocab, context=config.data.context, causal=m.task == "lm", head_scale=scale)
+
+
+def parameters_of(config: Config, state: nnx.State, dtype: str = "float32") -> Parameters:
+    """Return the parameters of a network by name, in `dtype`; views of those of `state` where they can be.
+
+    An array that lies on several devices is put together in the host's memory, one after the other.
+    """
+    there = _Names(config.model)
+    found: Parameters = {}
+    for path, variable in nnx.to_flat_state(state):
+        value = np.asarray(variable[...])
+        for name, take in there.of(path):
+            part = _used(name, there.trimmed(name, take(value)), config.model)
+            found[name] = np.ascontiguousarray(part.astype(DTYPES[dtype], copy=False))
+            if name.endswith(".anchors"):
+                found[name.removesuffix("anchors") + "whitening"] = _whitening(part, config.model).astype(DTYPES[dtype])
+    return found
+
+
+def state_of(config: Config, like: nnx.State, parameters: Mapping[str, np.ndarray]) -> nnx.State:
+    """Return the state of which these are the parameters, float32 on the host, in the form of `like`.
+
+    Raises:
+      InputError: one is missing, is not of the network, or has another shape.
+    """
+    there, used, flat = _Names(config.model), set(), []
+    for path, variable in nnx.to_flat_state(like):
+        parts = []
+        for name, take in there.of(path):
+            want = there.trimmed(name, take(np.broadcast_to(np.float32(0), variable.shape))).shape
+            if name not in parameters:
+                raise InputError(f"The export has no array {name}, which this network has; use the files it came with.")
+            part = np.asarray(parameters[name], np.float32)
+            if part.shape != want:
+                raise InputError(f"The export has {name} as {part.shape}, and this network as {want}.")
+            used.add(name)
+            parts.append(part)
+        whole = np.stack(parts) if there.stacked(path) else parts[0]
+        after = [(0, size - n) for size, n in zip(variable.shape, whole.shape, strict=True)]
+        flat.append((path, variable.replace(np.pad(whole, after))))
+    extra = sorted(name for name in parameters.keys() - used if not name.endswith(".whitening"))
+    if extra:
+        raise InputError(f"The export has an array {extra[0]}, which this network has not; use the files it came with.")
+    return nnx.from_flat_state(flat)
+
+
+Take = Callable[[np.ndarray], np.ndarray]
+
+
+class _Names:
+    """Where the parameters of a checkpoint are in an export."""
+
+    def __init__(self, m: ModelConfig):
+        self.m = m
+
+    def stacked(self, path: tuple) -> bool:
+        """Say whether the parameter is that of several blocks, with a leading axis."""
+        return path[0] == "blocks" or path[2:3] == ("rest",)
+
+    def of(self, path: tuple) -> list[tuple[str, Take]]:
+        """Return the names that a parameter has, and what part of it each is."""
+        if path[0] == "blocks":
+            return self._each("blocks", path[1:], self.m.layers, 0)
+        if path[0] == "stages":
+            stage, which, rest = f"stages.{path[1]}", path[2], path[3:]
+            if which == "first":
+                return [(_joined(stage, 0, *rest), lambda a: a)]
+            return self._each(stage, rest, self.m.blocks[path[1]] - 1, 1)
+        return [(_joined(*path), lambda a: a)]
+
+    def _each(self, prefix: str, rest: tuple, count: int, first: int) -> list[tuple[str, Take]]:
+        return [(_joined(prefix, k + first, *rest), lambda a, k=k: a[k]) for k in range(count)]
+
+    def trimmed(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Leave the ids out that only pad a table."""
+        if self.m.task == "classify":
+            return value
+        if name == "embed.embedding":
+            return value[: self.m.vocab + (self.m.task == "mlm")]
+        return value[:, : self.m.vocab] if name == "head.kernel" else value
+
+
+def _joined(*path: Any) -> str:
+    return ".".join(map(str, path))
+
+
+def _used(name: str, value: np.ndarray, m: ModelConfig) -> np.ndarray:
+    """Return a kernel as it is multiplied with: those of a ⵟ block's projection have no sum."""
+    if m.kind != "aether_resnet" or not (name.startswith("stages.") and name.endswith(".out.kernel")):
+        return value
+    return value - np.mean(value, tuple(range(value.ndim - 1)), keepdims=True)
+
+
+def _whitening(anchors: np.ndarray, m: ModelConfig) -> np.ndarray:
+    """Return L⁻¹ (heads, n, n) of anchors (heads, n, width), in float32."""
+    made = [features.anchored(jnp.asarray(a), bias=m.yat_bias, epsilon=m.epsilon).inverse for a in anchors]
+    return np.stack(jax.device_get(made))

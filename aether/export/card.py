@@ -1,0 +1,130 @@
+"""The card of an export: what the network is, what it was trained on, how good it is, and how it was checked."""
+
+import json
+from typing import Any
+
+from aether.evaluate.load import Run
+from aether.export.parity import Parity
+from aether.export.source import Target
+from aether.workdir import Workdir
+
+_TAGS = {"lm": "text-generation", "mlm": "fill-mask", "classify": "image-classification"}
+_DOES = {"lm": "continues text", "mlm": "fills in masked text", "classify": "tells images apart"}
+
+
+def record_of(run: Run, dtype: str, parameters: int, licence: str) -> dict[str, Any]:
+    """Return what config.json of an export says of its run.
+
+    The run's whole config, step, dtype, licence, git revision and versions; `parameters`, how many; `seen`, tokens or
+    images; `results`, the last scores of each validation set up to the step.
+    """
+    folder = Workdir(run.workdir, primary=False)
+    began = folder.read_json("config.json")
+    return dict(
+        config=run.config.to_json(),
+        step=run.step,
+        dtype=dtype,
+        license=licence,
+        parameters=parameters,
+        seen={run.config.unit: run.step * run.config.per_step},
+        results=_results(folder, run.step),
+        versions=began.get("versions", {}),
+        git=began.get("git"),
+    )
+
+
+def _results(folder: Workdir, step: int) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    path = folder.local / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        scores = json.loads(line)
+        if scores["split"] != "train" and scores["step"] <= step:
+            found[scores["split"]] = {k: v for k, v in scores.items() if k != "split"}
+    return found
+
+
+def card_of(facts: dict[str, Any], record: dict[str, Any], to: Target, target: str, parity: Parity) -> str:
+    """Return README.md: front matter as model hubs read it, then what a person wants to know."""
+    model, data = record["config"]["model"], record["config"]["data"]
+    task = "classify" if "classes" in facts else "lm" if facts["causal"] else "mlm"
+    front = dict(license=record["license"], pipeline_tag=_TAGS[task], tags=["aether", "yat", model["kind"]])
+    unit, seen = next(iter(record["seen"].items()))
+    trained_on = ", ".join(data["mixture"].values()) or data["path"]
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),  # JSON is YAML
+        "---",
+        "",
+        f"# {model['kind']}, {record['parameters'] / 1e6:.3g} million parameters",
+        "",
+        f"A network that {_DOES[task]}, trained by Aether and exported as {to.what}.",
+        "",
+    ]
+    if not parity.holds:
+        lines += ["**UNVERIFIED: this export does not compute what Aether computes. Do not use it.**", ""]
+    lines += _table(
+        ("", ""),
+        [
+            ("network", _shape(facts)),
+            ("trained on", f"{trained_on}: {seen:,} {unit} in {record['step']:,} steps"),
+            ("parameters", f"{record['parameters']:,} in {record['dtype']}"),
+            ("licence", record["license"]),
+        ],
+    )
+    lines += ["", "## Results", ""]
+    scores = [(name, k, f"{v:.4g}") for name, found in record["results"].items() for k, v in _numbers(found)]
+    lines += _table(("data", "score", ""), scores) if scores else ["The run was not evaluated."]
+    lines += [
+        "",
+        "## Checked",
+        "",
+        f"Aether and this export on the same {parity.inputs} inputs ({parity.predictions:,} predictions), both in "
+        "float32 on a CPU (`parity.json`):",
+        "",
+        *_table(
+            ("", "measured", "allowed"),
+            [
+                ("largest difference of two logits", f"{parity.max_logit_difference:.2e}", f"{parity.bound:.0e}"),
+                ("likeliest guesses that agree", f"{parity.top1_agreement:.2%}", "100%"),
+                ("largest KL divergence", f"{parity.max_kl:.2e} nats", ""),
+            ],
+        ),
+        "",
+        "## Use",
+        "",
+        _input(facts),
+        "",
+        "```python",
+        to.use,
+        "```",
+        "",
+        f"`config.json` has the facts of the network under `network`, and the run's own config under `aether`. Made by "
+        f"`python -m launch.export --to={target}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shape(facts: dict[str, Any]) -> str:
+    if facts["family"] == "resnet":
+        return f"ResNet, blocks {facts['stages']}, width {facts['width']}, {facts['units']} units"
+    sizes = f"{facts['layers']} layers, {facts['heads']} heads, width {facts['width']}"
+    return f"{sizes}, {facts['attention']} attention, {facts['mlp']} MLP, normalisation: {facts['norm']}"
+
+
+def _input(facts: dict[str, Any]) -> str:
+    if "classes" not in facts:
+        return f"`inputs` are ids (rows, length), up to {facts['context']} a row."
+    side = facts["image_size"]
+    return (
+        f"`inputs` are images ({'rows'}, {side}, {side}, {facts['channels']}), "
+        f"(pixels / 255 − {facts['mean']:.6g}) / {facts['std']:.6g}; `classes.json` names the classes."
+    )
+
+
+def _numbers(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(k, v) for k, v in scores.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    cells = [head, tuple("---" for _ in head), *rows]
+    return ["| " + " | ".join(row) + " |" for row in cells]

@@ -1,0 +1,31 @@
+"""To NumPy: parameters.npz, and the network in one file that is meant to be read."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from aether.export.reference import numpy_model
+from aether.export.source import Source, Target
+
+
+def write(source: Source, folder: Path) -> None:
+    """Write parameters.npz; bfloat16, for which NumPy has no name, as the upper halves of float32 numbers, uint16."""
+    plain = {k: v if v.dtype == np.float32 else v.view(np.uint16) for k, v in source.parameters.items()}
+    np.savez(folder / "parameters.npz", **plain)
+    shutil.copy(numpy_model.__file__, folder / "numpy_model.py")
+
+
+def replay(folder: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the logits of each batch."""
+    network = numpy_model.load(str(folder))
+    return (network(x) for x in batches)
+
+
+TARGET = Target(
+    "parameters.npz and the network in NumPy",
+    write,
+    replay,
+    use='from numpy_model import load\n\nnetwork = load(".")\nlogits = network(inputs)',
+)
