@@ -2,8 +2,8 @@
 
 Names are those of the modules here and `nmn`'s: `embed.embedding` (ids, width), `blocks.3.attention.query.kernel` (in,
 out), `stages.0.1.hidden.kernel` (k, k, in, out). Against a checkpoint, stacked blocks are taken apart, rows and columns
-that pad a vocabulary are gone, kernels of zero sum are as they are used, a tied head has no array, and beside the
-`anchors` of linear attention stands `whitening`, L⁻¹ of their Gram matrix.
+that pad a vocabulary are gone, a tied head has no array, and beside the `anchors` of linear attention stands
+`whitening`, L⁻¹ of their Gram matrix, always in float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,10 +61,10 @@ def parameters_of(config: Config, state: nnx.State, dtype: str = "float32") -> P
     for path, variable in nnx.to_flat_state(state):
         value = np.asarray(variable[...])
         for name, take in there.of(path):
-            part = _used(name, there.trimmed(name, take(value)), config.model)
-            found[name] = np.ascontiguousarray(part.astype(DTYPES[dtype], copy=False))
+            part = there.trimmed(name, take(value)).astype(DTYPES[dtype], copy=False)
+            found[name] = np.ascontiguousarray(part)
             if name.endswith(".anchors"):
-                found[name.removesuffix("anchors") + "whitening"] = _whitening(part, config.model).astype(DTYPES[dtype])
+                found[name.removesuffix("anchors") + "whitening"] = _whitening(part, config.model)
     return found
 
 
@@ -120,7 +120,10 @@ class _Names:
         return [(_joined(*path), lambda a: a)]
 
     def _each(self, prefix: str, rest: tuple, count: int, first: int) -> list[tuple[str, Take]]:
-        return [(_joined(prefix, k + first, *rest), lambda a, k=k: a[k]) for k in range(count)]
+        def part(k: int) -> Take:
+            return lambda a: a[k]
+
+        return [(_joined(prefix, k + first, *rest), part(k)) for k in range(count)]
 
     def trimmed(self, name: str, value: np.ndarray) -> np.ndarray:
         """Leave the ids out that only pad a table."""
@@ -135,14 +138,7 @@ def _joined(*path: Any) -> str:
     return ".".join(map(str, path))
 
 
-def _used(name: str, value: np.ndarray, m: ModelConfig) -> np.ndarray:
-    """Return a kernel as it is multiplied with: those of a ⵟ block's projection have no sum."""
-    if m.kind != "aether_resnet" or not (name.startswith("stages.") and name.endswith(".out.kernel")):
-        return value
-    return value - np.mean(value, tuple(range(value.ndim - 1)), keepdims=True)
-
-
 def _whitening(anchors: np.ndarray, m: ModelConfig) -> np.ndarray:
     """Return L⁻¹ (heads, n, n) of anchors (heads, n, width), in float32."""
-    made = [features.anchored(jnp.asarray(a), bias=m.yat_bias, epsilon=m.epsilon).inverse for a in anchors]
+    made = [features.anchored(jnp.asarray(a, jnp.float32), bias=m.yat_bias, epsilon=m.epsilon).inverse for a in anchors]
     return np.stack(jax.device_get(made))

@@ -1,6 +1,7 @@
 """The card of an export: what the network is, what it was trained on, how good it is, and how it was checked."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from aether.evaluate.load import Run
@@ -116,15 +117,15 @@ def _input(facts: dict[str, Any]) -> str:
         return f"`inputs` are ids (rows, length), up to {facts['context']} a row."
     side = facts["image_size"]
     return (
-        f"`inputs` are images ({'rows'}, {side}, {side}, {facts['channels']}), "
+        f"`inputs` are images (rows, {side}, {side}, {facts['channels']}), "
         f"(pixels / 255 − {facts['mean']:.6g}) / {facts['std']:.6g}; `classes.json` names the classes."
     )
 
 
 def _numbers(scores: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(k, v) for k, v in scores.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    return [(k, v) for k, v in scores.items() if isinstance(v, float)]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     cells = [head, tuple("---" for _ in head), *rows]
     return ["| " + " | ".join(row) + " |" for row in cells]

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from aether.export.source import Source, Target
 
 def write(source: Source, folder: Path) -> None:
     """Write parameters.npz; bfloat16, for which NumPy has no name, as the upper halves of float32 numbers, uint16."""
-    plain = {k: v if v.dtype == np.float32 else v.view(np.uint16) for k, v in source.parameters.items()}
+    plain: dict[str, Any] = {k: v if v.dtype == np.float32 else v.view(np.uint16) for k, v in source.parameters.items()}
     np.savez(folder / "parameters.npz", **plain)
     shutil.copy(numpy_model.__file__, folder / "numpy_model.py")
 

@@ -107,11 +107,7 @@ def _write(
     parameters = parameters_of(run.config, run.params, dtype)
     facts, record = facts_of(run.config), record_of(run, dtype, sum(p.size for p in parameters.values()), licence)
     source = Source(facts, parameters, dtype, run.tokenizer, run.labels, record)
-    config = dict(network=facts, aether=record)
-    (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if run.labels is not None:
-        run.labels.save(str(made))
-    to.write(source, made)
+    write_files(source, to, made)
     log(f"Aether on {sum(len(b) for b in batches)} inputs")
     del source, parameters
     forward = _forward(run, dtype)
@@ -119,6 +115,15 @@ def _write(
         np.save(work / f"inputs-{k:03}.npy", batch)
         np.save(work / f"ours-{k:03}.npy", forward(batch))
     return facts, record
+
+
+def write_files(source: Source, to: Target, folder: Path) -> None:
+    """Write config.json, classes.json and what the target adds."""
+    config = dict(network=source.facts, aether=source.record)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if source.labels is not None:
+        source.labels.save(str(folder))
+    to.write(source, folder)
 
 
 def _forward(run: Run, dtype: str) -> Callable[[np.ndarray], np.ndarray]:

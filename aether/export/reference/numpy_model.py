@@ -136,11 +136,13 @@ def resnet(p: dict, f: dict, x: Array) -> Array:
 
 
 def yat_block(p: dict, f: dict, name: str, x: Array, strides: int) -> Array:
-    """skip(x) + out(yat(reduce(x))); the first and the last only where the block has them."""
+    """skip(x) + out(yat(reduce(x))); `reduce` and `skip` only where the block has them, `out` with kernels of zero sum."""
     h = conv(p, f, f"{name}.reduce", x) if f"{name}.reduce.kernel" in p else x
     h = yat_conv(p, f, f"{name}.hidden", h, strides)
     skip = conv(p, f, f"{name}.skip", x, strides) if f"{name}.skip.kernel" in p else x
-    return skip + conv(p, f, f"{name}.out", h)
+    kernel = p[f"{name}.out.kernel"]
+    kernel = kernel - kernel.mean((0, 1, 2))
+    return skip + patches_times(h, kernel, 1) + p[f"{name}.out.bias"]
 
 
 def relu_block(p: dict, f: dict, name: str, x: Array, strides: int) -> Array:
@@ -160,9 +162,12 @@ def normalized(p: dict, f: dict, name: str, x: Array, strides: int = 1, relu: bo
 
 def conv(p: dict, f: dict, name: str, x: Array, strides: int = 1) -> Array:
     """Patches times kernel, plus bias."""
-    kernel = p[f"{name}.kernel"]
-    y = np.einsum("bhwijc,ijco->bhwo", windows(x, len(kernel), strides), kernel, optimize=True)
-    return y + p.get(f"{name}.bias", 0)
+    return patches_times(x, p[f"{name}.kernel"], strides) + p.get(f"{name}.bias", 0)
+
+
+def patches_times(x: Array, kernel: Array, strides: int) -> Array:
+    """The product of every patch of x with the kernels (k, k, in, out)."""
+    return np.einsum("bhwijc,ijco->bhwo", windows(x, len(kernel), strides), kernel, optimize=True)
 
 
 def yat_conv(p: dict, f: dict, name: str, x: Array, strides: int) -> Array:

@@ -1,0 +1,81 @@
+"""What the tests of exports share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aether.config import Pictures, build
+from aether.data.images.load import Labels
+from aether.data.tokenizers import chars_tokenizer
+from aether.export.bundle import DTYPES, facts_of, parameters_of
+from aether.export.run import network, write_files
+from aether.export.source import Source
+from aether.export.targets import TARGETS
+from aether.testing import drawn_state, inputs_of, network_config, tiny_images, tiny_text
+from aether.train.loop import train
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """Return export(name, target, dtype) -> folder, inputs, Aether's logits, those of the export, run in this process.
+
+    The network is one of `aether.testing.NETWORKS`, with random parameters that are nowhere near zero.
+    """
+
+    def export(name, target, dtype="float32"):
+        config = network_config(name)
+        graph, state = drawn_state(config)
+        x = inputs_of(config)
+        rounded = jax.tree.map(lambda a: a.astype(DTYPES[dtype]).astype(jnp.float32), state)
+        forward = jax.jit(lambda state, x: network(config, nnx.merge(graph, state), x))
+        write_files(_source(config, state, dtype), TARGETS[target], tmp_path)
+        (got,) = TARGETS[target].replay(tmp_path, [x])
+        return tmp_path, x, np.asarray(forward(rounded, x)), got
+
+    return export
+
+
+def _source(config, state, dtype):
+    """Make what a target is written from, with as short a record as there can be."""
+    record = dict(config=config.to_json(), step=0, dtype=dtype, license="unknown", parameters=0, seen={}, results={})
+    facts, parameters = facts_of(config), parameters_of(config, state, dtype)
+    if config.model.task != "classify":
+        return Source(facts, parameters, dtype, chars_tokenizer("abcdefghijklmnopqrstuvwxyz .,'\n"), None, record)
+    i = config.image
+    names = tuple("abcde"[: config.model.classes])
+    return Source(
+        facts, parameters, dtype, None, Labels(names, Pictures(len(names), i.size, i.channels, i.mean, i.std)), record
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Return trained(kind) -> the folder of a run of 30 steps, made once: tiny, but it has learned something."""
+
+    @functools.cache
+    def run(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        images = kind in ("aether_resnet", "resnet", "aether_vit", "vit")
+        model = dict(kind=kind, dtype="float32")
+        model |= dict(stages="1,1", width=8) if kind.endswith("resnet") else dict(layers=2, heads=2, width=16)
+        path = str(tiny_images(folder) if images else tiny_text(folder))
+        data = dict(path=path, context=16, batch_size=8) | ({} if images else dict(tokenizer="chars"))
+        train(
+            build(
+                dict(
+                    model=model,
+                    data=data | dict(workers=0),
+                    optim=dict(learning_rate=1e-2, warmup_steps=2),
+                    train=dict(steps=30, eval_every=30, sample_tokens=0),
+                    checkpoint=dict(every=30),
+                )
+            ),
+            str(folder / "run"),
+        )
+        return folder / "run"
+
+    return run
