@@ -136,7 +136,7 @@ def resnet(p: dict, f: dict, x: Array) -> Array:
 
 
 def yat_block(p: dict, f: dict, name: str, x: Array, strides: int) -> Array:
-    """skip(x) + out(yat(reduce(x))); `reduce` and `skip` only where the block has them, `out` with kernels of zero sum."""
+    """skip(x) + out(yat(reduce(x))); `reduce`, `skip` only where the block has them; kernels of `out` have zero sum."""
     h = conv(p, f, f"{name}.reduce", x) if f"{name}.reduce.kernel" in p else x
     h = yat_conv(p, f, f"{name}.hidden", h, strides)
     skip = conv(p, f, f"{name}.skip", x, strides) if f"{name}.skip.kernel" in p else x
