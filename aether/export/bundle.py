@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -22,7 +21,7 @@ from aether.models.block import USUAL_STD
 
 FORMAT = 1
 NORM_EPSILON = 1e-5  # of LayerNorm and BatchNorm
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 Parameters = dict[str, np.ndarray]
 
 _STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "stride2": (3, 2, False)}

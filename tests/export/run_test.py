@@ -1,0 +1,112 @@
+"""Exports of trained runs from the command line: what the folder holds, and what is refused."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from aether.config import MeshConfig
+from aether.evaluate.load import load_run
+from aether.export import npz
+from aether.export.bundle import parameters_of
+from aether.export.run import export_run
+from aether.export.targets import TARGETS
+from aether.parallel import make_mesh
+from launch import cli, export
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(cli, "prepare_environment", lambda debug: None)
+
+
+def call(*argv):
+    export.FLAGS.unparse_flags()
+    for name in export.FLAGS:
+        export.FLAGS[name].unparse()
+    return cli.run(export.main, export.FLAGS, export.__doc__, list(argv))
+
+
+@pytest.mark.parametrize("kind", ["aether", "aether_resnet"])
+def test_a_trained_run(kind, trained, tmp_path, capsys):
+    workdir, out = trained(kind), tmp_path / "deep/export"
+    assert call(f"--workdir={workdir}", "--to=npz", f"--out={out}", "--license=apache-2.0") == 0
+    parity = json.loads((out / "parity.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == parity
+    assert parity["verified"] and parity["inputs"] == 64 and 0 < parity["max_logit_difference"] < 1e-4
+    config = json.loads((out / "config.json").read_text())
+    assert config["aether"]["step"] == 30 and config["aether"]["results"]["validation"]["loss"] < 2.5
+    with np.load(out / "parameters.npz") as file:
+        assert config["aether"]["parameters"] == sum(file[name].size for name in file.files)
+    card = (out / "README.md").read_text()
+    loss = config["aether"]["results"]["validation"]["loss"]
+    assert 'license: "apache-2.0"' in card and f"| validation | loss | {loss:.4g} |" in card and "UNVER" not in card
+    assert sorted(os.listdir(tmp_path / "deep")) == ["export"]  # nothing is left beside it
+
+
+def test_an_export_that_differs_is_marked(trained, tmp_path, monkeypatch, capsys):
+    def write(source, folder):
+        wrong = dict(source.parameters)
+        wrong["head.kernel"] = wrong["head.kernel"] * np.float32(1.01)
+        npz.write(dataclasses.replace(source, parameters=wrong), folder)
+
+    monkeypatch.setitem(TARGETS, "npz", dataclasses.replace(npz.TARGET, write=write))
+    out = tmp_path / "wrong"
+    assert call(f"--workdir={trained('aether')}", "--to=npz", f"--out={out}") == 3
+    said = capsys.readouterr().err
+    assert "logits differ by up to" in said and "UNVERIFIED" in said
+    assert "logits differ" in (out / "UNVERIFIED").read_text()
+    assert not json.loads((out / "parity.json").read_text())["verified"]
+    assert "**UNVERIFIED" in (out / "README.md").read_text()
+
+
+def test_an_export_that_does_not_run_leaves_nothing(trained, tmp_path, monkeypatch, capsys):
+    def write(source, folder):
+        (folder / "numpy_model.py").write_text("")
+
+    monkeypatch.setitem(TARGETS, "npz", dataclasses.replace(npz.TARGET, write=write))
+    assert call(f"--workdir={trained('aether')}", "--to=npz", f"--out={tmp_path / 'broken'}") == 3
+    assert "does not run" in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+def test_wrong_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    monkeypatch.setitem(TARGETS, "missing", dataclasses.replace(npz.TARGET, packages=("nowhere_at_all",), extra="some"))
+    workdir, out = f"--workdir={trained('aether')}", f"--out={tmp_path / 'new'}"
+    for argv, said in (
+        ([workdir, "--to=caffe", out], "--to is 'caffe'; it takes one of npz"),
+        ([workdir, "--to=missing", out], 'needs nowhere_at_all: pip install -e ".[some]"'),
+        ([workdir, "--to=npz", f"--out={tmp_path / 'full'}"], "not empty"),
+        ([workdir, "--to=npz", out, "--step=7"], "There is no checkpoint 7"),
+        ([workdir, "--to=npz", out, "--data=nowhere.txt"], "nowhere.txt"),
+        ([f"--workdir={tmp_path / 'none'}", "--to=npz", out], "no config.json"),
+        ([workdir, "--to=npz"], "--out"),
+    ):
+        assert call(*argv) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error and error.count("\n") == 0, error
+    assert sorted(os.listdir(tmp_path)) == ["full"] and os.listdir(tmp_path / "full") == ["file"]
+
+
+def test_sharded_parameters_stay_where_they_are(trained):
+    """With parameters over fsdp and tensor the arrays are the same, and none is gathered on a device."""
+    whole = load_run(str(trained("aether")))
+    run = load_run(str(trained("aether")), mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
+    spread = [v for v in jax.tree.leaves(run.params) if not v.sharding.is_fully_replicated]
+    assert len(spread) >= 5
+    with jax.transfer_guard_device_to_device("disallow"):
+        found = parameters_of(run.config, run.params)
+    for name, value in parameters_of(whole.config, whole.params).items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["minibert", "aether_vit"])
+def test_rounded_parameters(kind, trained, tmp_path):
+    parity = export_run(str(trained(kind)), "npz", str(tmp_path / "out"), dtype="bfloat16", log=lambda line: None)
+    assert parity.holds
+    with np.load(tmp_path / "out/parameters.npz") as file:
+        assert {file[name].dtype for name in file.files} == {np.dtype(np.uint16)}
