@@ -29,8 +29,7 @@ def record_of(run: Run, dtype: str, parameters: int, licence: str) -> dict[str, 
         parameters=parameters,
         seen={run.config.unit: run.step * run.config.per_step},
         results=_results(folder, run.step),
-        versions=began.get("versions", {}),
-        git=began.get("git"),
+        **{k: began.get(k) for k in ("data_fingerprint", "versions", "git")},
     )
 
 

@@ -1,12 +1,15 @@
 """To NumPy: parameters.npz, and the network in one file that is meant to be read."""
 
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aether.errors import InputError
+from aether.export.bundle import Parameters
 from aether.export.reference import numpy_model
 from aether.export.source import Source, Target
 
@@ -24,9 +27,22 @@ def replay(folder: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     return (network(x) for x in batches)
 
 
+def read(folder: Path) -> Parameters | None:
+    """Read parameters.npz, if there is one."""
+    file = folder / "parameters.npz"
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            return {name: numpy_model.wide(found[name]) for name in found.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        raise InputError(f"{file} is damaged ({e}); copy it again.") from e
+
+
 TARGET = Target(
     "parameters.npz and the network in NumPy",
     write,
     replay,
+    read=read,
     use='from numpy_model import load\n\nnetwork = load(".")\nlogits = network(inputs)',
 )

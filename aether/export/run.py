@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 
 from aether.config import Config
+from aether.data.corpus import TOKENIZER
+from aether.data.tokenizers import save_tokenizer
 from aether.errors import CheckError, InputError
 from aether.evaluate.load import Run, load_run
 from aether.evaluate.run import validation_examples
@@ -123,6 +125,8 @@ def write_files(source: Source, to: Target, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if source.labels is not None:
         source.labels.save(str(folder))
+    if source.tokenizer is not None:
+        save_tokenizer(source.tokenizer, str(folder / TOKENIZER))
     to.write(source, folder)
 
 

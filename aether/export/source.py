@@ -50,6 +50,8 @@ class Target:
       extra: of pyproject.toml, which brings them.
       environment: of that process.
       use: lines of Python that a person may copy, for the model card.
+      read: read(folder) returns the parameters by Aether's names, as they were given to `write`, or None where the
+        folder is of another target; None for targets that cannot be read back.
     """
 
     what: str
@@ -59,3 +61,4 @@ class Target:
     packages: tuple[str, ...] = ()
     extra: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    read: Callable[[Path], Parameters | None] | None = None

@@ -1,9 +1,11 @@
 """The frameworks that networks are exported to."""
 
 import importlib.util
+from pathlib import Path
 
 from aether.errors import InputError
 from aether.export import npz
+from aether.export.bundle import Parameters
 from aether.export.source import Target
 
 TARGETS: dict[str, Target] = {"npz": npz.TARGET}
@@ -22,3 +24,16 @@ def target_of(name: str) -> Target:
     if missing:
         raise InputError(f'--to={name} needs {", ".join(missing)}: pip install -e ".[{target.extra}]"')
     return target
+
+
+def parameters_in(folder: Path) -> Parameters:
+    """Read the parameters of an export to one of the targets that can be read back.
+
+    Raises:
+      InputError: there are none, or they cannot be read.
+    """
+    for target in TARGETS.values():
+        if target.read is not None and (found := target.read(folder)) is not None:
+            return found
+    readable = ", ".join(name for name, target in TARGETS.items() if target.read is not None)
+    raise InputError(f"{folder} has no parameters that can be read back; give an export to {readable}.")

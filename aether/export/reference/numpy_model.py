@@ -21,12 +21,12 @@ def load(folder: str, dtype: str = "float32") -> Callable[[Array], Array]:
     """Return the network of an export; `dtype` is what it computes in."""
     f = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["network"]
     with np.load(Path(folder) / "parameters.npz", allow_pickle=False) as file:
-        p = {name: _wide(file[name]).astype(dtype) for name in file.files}
+        p = {name: wide(file[name]).astype(dtype) for name in file.files}
     network = {"gpt": text_model, "bert": text_model, "vit": vit, "resnet": resnet}[f["family"]]
     return lambda x: network(p, f, x if f["family"] in ("gpt", "bert") else x.astype(dtype))
 
 
-def _wide(a: Array) -> Array:
+def wide(a: Array) -> Array:
     """bfloat16, for which npz has no name, is written as the upper halves of float32 numbers."""
     return (a.astype(np.uint32) << 16).view(np.float32) if a.dtype == np.uint16 else a
 

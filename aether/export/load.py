@@ -1,0 +1,105 @@
+"""Make a run of an export: the way back."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from aether.checkpoint import Checkpoints
+from aether.config import Config, build, dumps
+from aether.data.corpus import TOKENIZER
+from aether.data.images.load import CLASSES
+from aether.errors import InputError
+from aether.export.bundle import FORMAT, state_of
+from aether.export.run import CONFIG
+from aether.export.targets import parameters_in
+from aether.models import describe_model
+from aether.parallel import make_mesh, shardings
+from aether.storage import storage_errors
+from aether.train.setup import describe_state
+from aether.train.step import TrainState, init_state
+from aether.workdir import CHECKPOINTS
+
+
+def load_export(folder: str, workdir: str, *, log: Callable[[str], None] = print) -> int:
+    """Make a run folder of an export, with a checkpoint at the step that was exported; return that step.
+
+    `launch.evaluate`, `launch.generate` and `launch.export` take it as any other. `launch.train` goes on with it by the
+    config that the run had, with the optimizer's moments at zero; another run starts from its parameters by
+    `train.init_from`.
+
+    Args:
+      folder: an export to npz, torch or hf.
+      workdir: a local folder that is not there yet, or is empty.
+      log: takes a line about what is going on.
+
+    Raises:
+      InputError: `folder` holds no export, or one whose parameters are not those of its network, or `workdir` has
+        something in it.
+      StorageError: `workdir` cannot be written.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(workdir)))
+    if "://" in workdir or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise InputError(f"--workdir is {workdir}; give a new local folder.")
+    record = _record(Path(folder))
+    try:
+        config = build(record["config"])
+    except (InputError, KeyError, TypeError) as e:
+        raise InputError(f"{folder}/{CONFIG} does not describe a run that this Aether can build: {e}") from e
+    state = _state(config, parameters_in(Path(folder)), record["step"])
+    with storage_errors(workdir):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            made = Path(scratch) / "run"
+            made.mkdir()
+            _copy(Path(folder), made, config)
+            known = {k: record.get(k) for k in ("data_fingerprint", "versions", "git")}
+            (made / CONFIG).write_text(dumps(dict(config=record["config"], changes=[], **known)), encoding="utf-8")
+            checkpoints = Checkpoints(str(made / CHECKPOINTS), config.checkpoint, log=log)
+            checkpoints.save(record["step"], state, meta={})
+            checkpoints.close()
+            shutil.rmtree(target, ignore_errors=True)
+            made.rename(target)
+    log(f"step {record['step']} of {folder} is in {workdir}")
+    return record["step"]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Return what config.json says of the run."""
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        made, record = content["network"]["format"], content["aether"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"--export is {folder}, which is no export of Aether's: {e!r}.") from e
+    if made > FORMAT:
+        raise InputError(f"{folder} is of format {made}, and this Aether reads up to {FORMAT}; take a newer Aether.")
+    return record
+
+
+def _state(config: Config, parameters: Mapping[str, np.ndarray], step: int) -> TrainState:
+    """Return the state of training with these parameters, spread over the devices here."""
+    _, *shapes = describe_model(config)
+    params, extras = nnx.split_state(state_of(config, nnx.merge_state(*shapes), parameters), nnx.Param, ...)
+    mesh = make_mesh(config.mesh)
+    _, _, like = describe_state(config, mesh)
+
+    def make(params: nnx.State, extras: nnx.State) -> TrainState:
+        return dataclasses.replace(init_state(config, params, extras), step=jax.numpy.int32(step))
+
+    return jax.jit(make, out_shardings=shardings(like, mesh, config.mesh))(params, extras)
+
+
+def _copy(folder: Path, made: Path, config: Config) -> None:
+    """Copy what a run must know of its data."""
+    if config.model.task == "classify":
+        shutil.copy(folder / CLASSES, made / CLASSES)
+    else:
+        shutil.copytree(folder / TOKENIZER, made / TOKENIZER)

@@ -1,0 +1,87 @@
+"""The way back: a run made of an export scores the same, and trains on."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from aether.config import build
+from aether.evaluate.load import load_run
+from aether.evaluate.run import evaluate_run
+from aether.export.load import load_export
+from aether.export.run import export_run
+from aether.train.loop import train
+from launch import cli, load
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def export(trained, tmp_path_factory):
+    """Return export(kind) -> the folder of a run's export to npz."""
+
+    def made(kind):
+        out = tmp_path_factory.mktemp("exports") / kind
+        export_run(str(trained(kind)), "npz", str(out), log=quiet)
+        return out
+
+    return made
+
+
+@pytest.mark.parametrize("kind", ["aether", "aether_resnet"])
+def test_a_run_comes_back(kind, trained, export, tmp_path):
+    again = tmp_path / "again"
+    assert load_export(str(export(kind)), str(again), log=quiet) == 30
+    was, now = load_run(str(trained(kind))), load_run(str(again))
+    assert now.step == 30 and now.config == was.config
+    jax.tree.map(np.testing.assert_array_equal, was.params, now.params)
+    assert evaluate_run(str(trained(kind)))["loss"] == evaluate_run(str(again))["loss"]
+    record = json.loads((again / "config.json").read_text())
+    config = build(record["config"] | {"train": record["config"]["train"] | {"steps": 34, "eval_every": 2}})
+    train(config, str(again))
+    lines = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r["split"] == "train"] == [31, 32, 33, 34]
+    assert load_run(str(again)).step == 34
+
+
+def test_an_exported_import_is_the_same_export(export, tmp_path):
+    first = export("aether")
+    load_export(str(first), str(tmp_path / "again"), log=quiet)
+    export_run(str(tmp_path / "again"), "npz", str(tmp_path / "second"), log=quiet)
+    with np.load(first / "parameters.npz") as a, np.load(tmp_path / "second/parameters.npz") as b:
+        assert sorted(a.files) == sorted(b.files)
+        for name in a.files:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_wrong_input_is_one_sentence(export, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_environment", lambda debug: None)
+    folder = export("aether")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    config = json.loads((folder / "config.json").read_text())
+    newer, odd, cut = (shutil.copytree(folder, tmp_path / name) for name in ("newer", "odd", "cut"))
+    (newer / "config.json").write_text(json.dumps(config | {"network": config["network"] | {"format": 99}}))
+    config["aether"]["config"]["model"]["width"] = 32
+    (odd / "config.json").write_text(json.dumps(config))
+    (cut / "parameters.npz").write_bytes((cut / "parameters.npz").read_bytes()[:1000])
+    before = sorted(os.listdir(tmp_path))
+    for source, workdir, said in (
+        (folder, "full", "give a new local folder"),
+        (folder, "s3://bucket/run", "give a new local folder"),
+        (tmp_path / "nowhere", "new", "is no export of Aether's"),
+        (newer, "new", "of format 99"),
+        (odd, "new", "and this network as"),
+        (cut, "new", "is damaged"),
+    ):
+        load.FLAGS.unparse_flags()
+        where = workdir if "://" in workdir else tmp_path / workdir
+        assert cli.run(load.main, load.FLAGS, load.__doc__, [f"--export={source}", f"--workdir={where}"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error and error.count("\n") == 0, error
+        assert sorted(os.listdir(tmp_path)) == before
