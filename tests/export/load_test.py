@@ -71,6 +71,7 @@ def test_wrong_input_is_one_sentence(export, tmp_path, monkeypatch, capsys):
     (odd / "config.json").write_text(json.dumps(config))
     (cut / "parameters.npz").write_bytes((cut / "parameters.npz").read_bytes()[:1000])
     before = sorted(os.listdir(tmp_path))
+    capsys.readouterr()
     for source, workdir, said in (
         (folder, "full", "give a new local folder"),
         (folder, "s3://bucket/run", "give a new local folder"),
