@@ -4,10 +4,10 @@ What:     three stages of two ⵟ blocks, widths 16, 32 and 64, behind a 3 x 3 c
           normalisation nor activation functions. 60,000 grey images of 28 x 28, ten epochs, shifts and mirroring.
 Command:  python -m launch.train --config=configs/fashion_mnist.py --config.data.path=fashion-mnist/
 Pictures: python -m launch.evaluate --workdir=runs/fashion_mnist
-Baseline: the same with --config.model.kind=resnet --workdir=runs/fashion_resnet
+Baseline: the same with --config.model.kind=resnet --config.optim.learning_rate=1e-2 --workdir=runs/fashion_resnet
 Data:     the four files of MNIST's format (`train-images-idx3-ubyte.gz`, ...), or tfds:fashion_mnist.
-Time:     not measured yet.
-Result:   not measured yet; see LOG.md.
+Time:     8 minutes on one core beside another run.
+Result:   92.33 ± 0.10 % of the test images right, the baseline 92.01 ± 0.16 % (three seeds each; LOG.md).
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.image.crop = "pad"
     config.image.padding = 2
     config.image.flip = True
-    config.optim.learning_rate = 1e-2
+    config.optim.learning_rate = 5e-3
     config.optim.weight_decay = 0.1
     config.optim.warmup_steps = 200
     config.train.steps = 4690

@@ -134,6 +134,11 @@ def test_parts_that_a_family_does_not_have_are_refused(model, message):
 def test_what_a_task_has_no_use_for_is_refused():
     with pytest.raises(InputError, match="image.flip is True, but gpt2 reads text; set it to False"):
         with_(model=dict(kind="gpt2"), image=dict(flip=True)).resolved(10)
+    with pytest.raises(InputError, match="data.mask_rate is 0.3, but aether fills in no masked text; set it to 0.15"):
+        with_(model=dict(kind="aether"), data=dict(mask_rate=0.3)).resolved(32)
+    assert with_(model=dict(kind="bert"), data=dict(mask_rate=0.3)).resolved(32).data.mask_rate == 0.3
+    with pytest.raises(InputError, match="model.features is 64, which model.attention=yat_linear alone has"):
+        with_(model=dict(kind="minibert", features=64)).resolved(32)
     with pytest.raises(InputError, match="train.z_loss is 0.1, which is for texts"):
         with_(model=dict(kind="resnet"), train=dict(z_loss=0.1)).resolved(0, PICTURES)
 

@@ -83,6 +83,12 @@ class Config:
 
     def _check_task(self) -> None:
         """Refuse what the task has no use for."""
+        mask_rate = DataConfig.__dataclass_fields__["mask_rate"].default
+        if self.model.task != "mlm" and self.data.mask_rate != mask_rate:
+            raise InputError(
+                f"data.mask_rate is {self.data.mask_rate}, but {self.model.kind} fills in no masked text; set it to "
+                f"{mask_rate}, or model.kind to minibert."
+            )
         if self.unit == "images":
             if self.train.z_loss:
                 raise InputError(f"train.z_loss is {self.train.z_loss}, which is for texts; set it to 0.")

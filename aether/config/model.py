@@ -181,6 +181,10 @@ class ModelConfig(Section, prefix="model"):
             raise InputError(
                 f"model.head is {self.head} and model.kind {self.kind}; it takes one of {', '.join(HEADS[family])}."
             )
+        if self.features and self.attention != "yat_linear":
+            raise InputError(
+                f"model.features is {self.features}, which model.attention=yat_linear alone has; set it to 0."
+            )
         if self.attention == "yat_linear" and family == "gpt":
             raise InputError("model.attention is yat_linear, which is for minibert and aether_vit; take yat or dot.")
 
