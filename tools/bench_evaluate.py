@@ -1,4 +1,4 @@
-"""What `python -m tools.bench --what=evaluate` measures: how much of the forward pass's rate the tasks' scorer keeps."""
+"""What `python -m tools.bench --what=evaluate` measures: what scoring documents keeps of the forward pass's rate."""
 
 import itertools
 import statistics
@@ -45,7 +45,7 @@ def rows(args: Any) -> Iterator[dict[str, Any]]:
 
 
 def contenders(config: Any, folder: str, mesh: Any) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Return what evaluates the documents of a folder and what passes as many tokens forward, each -> tokens a second."""
+    """Return two calls -> tokens a second: the task on the documents of a folder, and the forward pass on as many."""
     import jax
     import numpy as np
     from flax import nnx

@@ -137,7 +137,8 @@ class Checkpoints:
         if len(found) < count:
             have = f"{len(found)} ({', '.join(map(str, found))})" if found else "none"
             raise InputError(
-                f"{count} checkpoints are wanted{'' if step is None else f' up to step {step}'}, and "
+                f"{count} checkpoint{'s are' if count > 1 else ' is'} wanted"
+                f"{'' if step is None else f' up to step {step}'}, and "
                 f"{self.directory} has {have}; ask for fewer, or train with a larger checkpoint.keep_last."
             )
         return found[-count:]

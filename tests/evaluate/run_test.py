@@ -99,7 +99,7 @@ def test_some_batches(run):
     ("flags", "words"),
     [
         (["--step=3"], ["3", "2, 4"]),
-        (["--data=nowhere.txt"], ["nowhere.txt"]),
+        (["--data=nowhere.txt"], ["nowhere.txt does not exist; set --data to a file, folder or glob"]),
         (["--workdir=nowhere"], ["--workdir", "nowhere"]),
     ],
 )
