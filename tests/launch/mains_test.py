@@ -30,7 +30,7 @@ def replace(monkeypatch):
         fake = types.ModuleType(module)
         setattr(fake, name, function)
         monkeypatch.setitem(sys.modules, module, fake)
-        for parent in ("aether.train", "aether.evaluate", "aether.generate"):
+        for parent in ("aether.train", "aether.evaluate", "aether.evaluate.tasks", "aether.generate"):
             monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
         return calls
 
@@ -71,6 +71,18 @@ def test_evaluate_prints_one_line_of_json(replace, capsys):
     assert calls == [(("w",), {"step": 3, "data": "x.txt", "batches": 2, "pictures": None, "average": "auto"})]
     out = capsys.readouterr().out
     assert out.endswith("\n") and json.loads(out.splitlines()[-1]) == {"step": 3, "loss": 1.25, "perplexity": None}
+
+
+def test_evaluate_hands_tasks_over_and_prints_a_table(replace, capsys):
+    shown = replace("aether.evaluate.tasks.table", "table", "the table")
+    calls = replace(
+        "aether.evaluate.tasks.run", "evaluate_tasks", {"step": 3, "tasks": {"pairs-x": {"a": float("nan")}}}
+    )
+    words = ["--task=pairs:x.jsonl", "--task=sliding:y", "--stride=4", "--step=3", "--average=ema"]
+    assert run(evaluate, "--workdir=w", *words) == 0
+    rest = dict(step=3, stride=4, average="ema")
+    assert calls == [(("w", ["pairs:x.jsonl", "sliding:y"]), rest)] and shown[0][0][0]["pairs-x"]
+    assert capsys.readouterr().out.splitlines() == ["the table", '{"step": 3, "tasks": {"pairs-x": {"a": null}}}']
 
 
 def test_evaluate_defaults(replace):
