@@ -31,7 +31,7 @@ def evaluate_run(
     pictures: str | None = None,
     average: str = "auto",
 ) -> dict[str, Any]:
-    """Score a checkpoint (the last by default); return step, data and the scores of `scorer_of`.
+    """Score a checkpoint (the last by default); return step, average, data and the scores of `scorer_of`.
 
     Of a classifier also draw which classes it confuses and what it takes for something else most confidently;
     "pictures" says where.
@@ -63,7 +63,7 @@ def evaluate_run(
         file=sys.stderr,
         disable=not sys.stderr.isatty() or jax.process_index() > 0,
     )
-    known = {"step": run.step, "data": name}
+    known = {"step": run.step, "average": run.average, "data": name}
     if run.labels is None:
         return known | scorer_of(run.config, run.tokenizer, run.graph, run.mesh)(run.params, shown)
     return known | _classify(run, name, shown, pictures)

@@ -52,8 +52,10 @@ TASKS = dict(
 
 @pytest.fixture(scope="module")
 def lm_eval():
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            patch.setenv(name, "1")
         made = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm_eval]'")
         import lm_eval.evaluator
         import lm_eval.tasks  # noqa: F401
