@@ -197,27 +197,11 @@ def _scan(
     chunk: int, z_loss: float, vocab: int, grad: bool, kernel: Array, hidden: Array, targets: Array, mask: Array
 ) -> tuple:
     b, t, d = hidden.shape
-    pieces = -(-t // chunk)
-    chunk = -(-t // pieces)
-    ids = jnp.arange(kernel.shape[1])
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, pieces * chunk - t)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, pieces, chunk, *x.shape[2:]), 1, 0)
 
     def piece(carry: tuple, xs: tuple[Array, Array, Array]) -> tuple[tuple, Array | None]:
         (total, nll, correct), d_kernel = carry
         h, target, weight = xs
-        logits = jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
-        logits = jnp.where(ids < vocab, logits, -jnp.inf)
-        hot = ids == target[..., None]
-        # Sums and maxima, as these stay where the vocabulary is split; a look-up or argmax would gather the logits. All
-        # sums go over the same logits, so that they are one pass.
-        highest = jnp.max(logits, -1)
-        log_z = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), -1))
-        right = jnp.sum(jnp.where(hot, logits, 0.0), -1)
-        before = jnp.sum(jnp.where((logits == highest[..., None]) & (ids < target[..., None]), 1.0, 0.0), -1)
-        guessed = (right == highest) & (before == 0)  # of equal guesses the first counts
+        logits, hot, log_z, right, guessed = _compared(vocab, kernel, h, target)
         loss = jnp.sum(weight * (log_z - right))
         sums = (
             total + loss + z_loss * jnp.sum(weight * log_z**2),
@@ -233,10 +217,55 @@ def _scan(
 
     zero = jnp.float32(0)
     start = ((zero, zero, zero), jnp.zeros(kernel.shape, jnp.float32) if grad else None)
-    (sums, d_kernel), d_hidden = jax.lax.scan(piece, start, (cut(hidden), cut(targets), cut(mask)))
+    rows = (_cut(hidden, chunk), _cut(targets, chunk), _cut(mask, chunk))
+    (sums, d_kernel), d_hidden = jax.lax.scan(piece, start, rows)
     if d_hidden is not None:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(b, -1, d)[:, :t]
     return sums, d_hidden, d_kernel
+
+
+def _cut(x: Array, chunk: int) -> Array:
+    """Return (pieces, b, c, ...) of (b, t, ...), padded with zeros; as even as pieces of at most `chunk` can be."""
+    b, t = x.shape[:2]
+    pieces = -(-t // chunk)
+    chunk = -(-t // pieces)
+    x = jnp.pad(x, ((0, 0), (0, pieces * chunk - t)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(b, pieces, chunk, *x.shape[2:]), 1, 0)
+
+
+def _compared(vocab: int, kernel: Array, hidden: Array, targets: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Return the logits (b, c, v), which of them are the targets', log Z, the targets' logits, and which are highest.
+
+    Sums and maxima, as these stay where the vocabulary is split; a look-up or argmax would gather the logits. All
+    sums go over the same logits, so that they are one pass.
+    """
+    ids = jnp.arange(kernel.shape[1])
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    logits = jnp.where(ids < vocab, logits, -jnp.inf)
+    hot = ids == targets[..., None]
+    highest = jnp.max(logits, -1)
+    log_z = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), -1))
+    right = jnp.sum(jnp.where(hot, logits, 0.0), -1)
+    before = jnp.sum(jnp.where((logits == highest[..., None]) & (ids < targets[..., None]), 1.0, 0.0), -1)
+    return logits, hot, log_z, right, (right == highest) & (before == 0)  # of equal guesses the first counts
+
+
+def token_scores(chunk: int, vocab: int, hidden: Array, kernel: Array, targets: Array) -> tuple[Array, Array]:
+    """Return log p of each target in nats and whether it is the likeliest id, (b, t) each.
+
+    As `cross_entropy`, with the logits of `chunk` positions at a time, but nothing is added up.
+    """
+
+    def scan(kernel: Array, hidden: Array, targets: Array) -> tuple:
+        def piece(carry: tuple, xs: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array]]:
+            _, _, log_z, right, guessed = _compared(vocab, kernel, *xs)
+            return carry, (right - log_z, guessed)
+
+        _, scores = jax.lax.scan(piece, (), (_cut(hidden, chunk), _cut(targets, chunk)))
+        b, t = targets.shape
+        return (), jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t], scores), None
+
+    return over_batch(scan, kernel, hidden, targets)[1]
 
 
 def _forward(chunk, z_loss, vocab, hidden, kernel, targets, mask):

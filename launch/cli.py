@@ -38,6 +38,17 @@ def new_flags(*, config: bool = False) -> flags.FlagValues:
     return values
 
 
+def define_average(values: flags.FlagValues) -> None:
+    """Define `--average` for a main that uses a trained model."""
+    flags.DEFINE_string(
+        "average",
+        "auto",
+        "which parameters: none (as trained), ema (their moving average), last:K (mean of the last K checkpoints), "
+        "auto (ema where the run keeps one)",
+        flag_values=values,
+    )
+
+
 def run(
     main: Callable[[flags.FlagValues], int | None],
     values: flags.FlagValues,

@@ -23,6 +23,7 @@ flags.DEFINE_float("top_p", 1.0, "sample among the likeliest that hold this prob
 flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=FLAGS, lower_bound=0, upper_bound=2**31 - 1)
 flags.DEFINE_integer("num", 1, "number of samples", flag_values=FLAGS, lower_bound=1)
 flags.DEFINE_integer("step", None, "checkpoint to load (none: the last)", flag_values=FLAGS, lower_bound=0)
+cli.define_average(FLAGS)
 
 
 def main(args: flags.FlagValues) -> None:
@@ -36,7 +37,7 @@ def main(args: flags.FlagValues) -> None:
     from aether.generate.decode import Decoder
     from aether.generate.text import text_streams
 
-    run = load_run(workdir, args.step)
+    run = load_run(workdir, args.step, average=args.average)
     if run.config.model.task != "lm" or run.tokenizer is None:
         raise InputError(
             f"--workdir is {workdir}, a run of {run.config.model.kind}, which does not write text; give one of "

@@ -23,6 +23,7 @@ RANKS = {
         "errors": -1,
         "chips": 0,
         "figures": 0,
+        "events": 0,
         "config": 0,
         "kernels": 0,
         "storage": 0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aether.losses import classify, cross_entropy, lm, mixed, mlm
+from aether.losses import classify, cross_entropy, lm, mixed, mlm, token_scores
 from aether.testing import drawn_model, equations, tiny_batch, tiny_config
 
 B, T, D, V = 3, 7, 5, 11
@@ -206,3 +206,32 @@ def test_targets_are_mixed_as_the_images_are(rng):
     entropy = -(targets * np.log(targets + 1e-6)).sum(-1)
     assert float(total) == pytest.approx((entropy * np.asarray(batch["mask"])).sum(), abs=1e-4)
     assert entropy.max() > 0.3
+
+
+@pytest.mark.parametrize(("chunk", "dtype"), [(1, "float32"), (3, "bfloat16"), (100, "float32")])
+def test_scores_of_tokens(rng, chunk, dtype):
+    hidden, kernel, targets, _ = make(rng, dtype)
+    vocab = V - 2  # the columns behind are padding, and are made the largest
+    kernel, targets = kernel.at[:, vocab:].set(9.0), targets % vocab
+    exact = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)[:, :vocab]
+    targets = jnp.where(rng.random((B, T)) < 0.5, exact.argmax(-1), targets)
+    log_p, likeliest = jax.jit(partial(token_scores, chunk, vocab))(hidden, kernel, targets)
+    right = np.take_along_axis(exact, np.asarray(targets)[..., None], -1)[..., 0] - np.log(np.exp(exact).sum(-1))
+    np.testing.assert_allclose(log_p, right, rtol=1e-5, atol=1e-5)
+    assert (likeliest == (exact.argmax(-1) == targets)).all() and 0 < likeliest.sum() < likeliest.size
+    assert log_p.dtype == "float32"
+
+
+def test_of_equally_likely_tokens_the_first_counts():
+    hidden, kernel = jnp.ones((1, 3, 2)), jnp.ones((2, 4)).at[:, 3].set(0.0)
+    log_p, likeliest = token_scores(2, 4, hidden, kernel, jnp.array([[0, 1, 3]]))
+    assert likeliest.tolist() == [[True, False, False]]
+    np.testing.assert_allclose(log_p[0, :2], -np.log(3 + np.exp(-2.0)), rtol=1e-6)
+
+
+def test_logits_of_all_tokens_never_exist(rng):
+    hidden, kernel, targets, _ = make(rng, "bfloat16")
+    for chunk in (1, 3, 4):
+        shapes = float32_shapes(partial(token_scores, chunk, V), hidden, kernel, targets)
+        pieces = -(-T // chunk)
+        assert (B, -(-T // pieces), V) in shapes and (B, T, V) not in shapes

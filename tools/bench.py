@@ -15,6 +15,7 @@ python -m tools.bench --what=startup    from the command to the first step of th
 python -m tools.bench --what=reader     tokens a second of the data reader alone
 python -m tools.bench --what=images     images a second of reading, decoding and augmenting, in one process; with
                                         --config=FILE of its loader, and of the step that it feeds
+python -m tools.bench --what=evaluate   tokens a second of the task `documents` against the bare forward pass
 python -m tools.bench --what=decode     decoding with the key/value cache against recomputing
 python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
 python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
@@ -52,6 +53,7 @@ from tools import (
     bench_attention,
     bench_conv,
     bench_dense,
+    bench_evaluate,
     bench_images,
     bench_layers,
     bench_linear,
@@ -75,6 +77,7 @@ LINES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = dict(
     startup=lambda args: iter([bench_stack.startup(args)]),
     reader=lambda args: iter([bench_stack.reader(args)]),
     images=bench_images.rows,
+    evaluate=bench_evaluate.rows,
     decode=lambda args: iter([bench_stack.decode(args)]),
     layers=lambda args: bench_layers.rows(here(args.backend, args.memory), args.rounds),
     save=lambda args: bench_save.rows(args.mb, args.rounds),
@@ -101,6 +104,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("context", 0, "tokens a sequence (step; 0: the config's)", 0, flag_values=FLAGS)
 flags.DEFINE_integer("steps", 100, "training steps a round (loop)", flag_values=FLAGS, lower_bound=20)
+flags.DEFINE_integer("tokens", 100_000, "bytes of text (evaluate)", 1, flag_values=FLAGS)
 flags.DEFINE_list("mb", ["10", "500"], "sizes of the state in MB (save)", flag_values=FLAGS)
 
 

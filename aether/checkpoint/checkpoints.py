@@ -126,6 +126,23 @@ class Checkpoints:
         left = iter(values)
         return [jax.tree.map(lambda _: next(left), like) for like in likes.values()], meta, found
 
+    def last(self, count: int, step: int | None = None) -> list[int]:
+        """Return the newest `count` steps that are no later than `step`, oldest first.
+
+        Raises:
+          InputError: there are fewer.
+        """
+        steps: list[int] = self._together.ask("main", self._home.steps)
+        found = [s for s in steps if step is None or s <= step]
+        if len(found) < count:
+            have = f"{len(found)} ({', '.join(map(str, found))})" if found else "none"
+            raise InputError(
+                f"{count} checkpoint{'s are' if count > 1 else ' is'} wanted"
+                f"{'' if step is None else f' up to step {step}'}, and "
+                f"{self.directory} has {have}; ask for fewer, or train with a larger checkpoint.keep_last."
+            )
+        return found[-count:]
+
     def before(self, step: int) -> int | None:
         """Return the newest step that is no later than `step`, or None."""
         self._settle()

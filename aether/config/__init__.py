@@ -7,6 +7,7 @@ checked. `Config.resolved(vocab)` then decides what was left at 0 or "auto". Not
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -185,3 +186,10 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any, bool]]:
 def dumps(record: Mapping[str, Any]) -> str:
     """Serialise as the JSON that run folders hold."""
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with null in place of numbers that are not finite, which strict JSON does not know."""
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ from aether.data.files import Log, cache_folder, key_of
 from aether.data.prepare import discard, files_hash, plan_of, prepare
 from aether.data.prepared import Prepared
 from aether.data.records import Document
-from aether.data.sources import Source, find_source, read_items
+from aether.data.sources import KEYS, Source, find_source, read_items
 from aether.data.tokenizers import Tokenizer
 from aether.errors import InputError
 
@@ -57,9 +57,9 @@ def characters_of(source: Source, config: DataConfig) -> str:
     return characters
 
 
-def find(path: str, config: DataConfig) -> Source | Prepared:
-    """Return the prepared folder at a path, or the source of texts."""
+def find(path: str, config: DataConfig, key: str = KEYS) -> Source | Prepared:
+    """Return the prepared folder at a path, or the source of texts; `key` is what a person set to it."""
     pattern = remote.is_remote(path) and glob.has_magic(path)
     if not pattern and prepared.is_prepared(path):
         return prepared.open_prepared(path, cache_folder(config))
-    return find_source(path, config)
+    return find_source(path, config, key)

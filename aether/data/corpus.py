@@ -13,7 +13,7 @@ from aether.data.loader import TrainSet
 from aether.data.masked import MaskedWindows
 from aether.data.pack import Windows
 from aether.data.prepared import Prepared, check_tokenizer
-from aether.data.sources import Source
+from aether.data.sources import KEYS, Source
 from aether.data.tokenizers import Tokenizer, chars_tokenizer, load_tokenizer, save_tokenizer
 from aether.errors import InputError
 
@@ -128,12 +128,14 @@ def load_corpus(config: DataConfig, log: Log = _silent) -> Corpus:
     return Corpus(fingerprint, train, validation, summary, tokenizer=tokenizer)
 
 
-def load_validation(path: str, config: DataConfig, tokenizer: Tokenizer, log: Log = _silent) -> Windows:
-    """Open the whole text behind a path for evaluation.
+def load_validation(
+    path: str, config: DataConfig, tokenizer: Tokenizer, log: Log = _silent, key: str = KEYS
+) -> Windows:
+    """Open the whole text behind a path for evaluation; `key` is what a person set to it.
 
     Of a prepared folder or a TFDS set that has a held-out split, that split is taken.
     """
-    place = find(path, config)
+    place = find(path, config, key)
     if isinstance(place, Source) and place.held_out:
         place = Source(place.path, place.held_out, place.single)
     prepared = _prepared(place, replace(config, validation_fraction=0.0), tokenizer, log)

@@ -19,6 +19,7 @@ from aether.errors import InputError, StorageError
 
 STDLIB = "python:stdlib"
 TFDS = "tfds:"
+KEYS = "data.path (or data.mixture, data.validation)"
 SMALL, AHEAD = 1 << 20, 64  # bytes of a remote text that is fetched ahead, and how many are
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -54,8 +55,8 @@ class Source:
     skipped: list[str] = field(default_factory=list, compare=False)
 
 
-def find_source(path: str, config: DataConfig) -> Source:
-    """Find the items behind a path, sorted by name.
+def find_source(path: str, config: DataConfig, key: str = KEYS) -> Source:
+    """Find the items behind a path, sorted by name; `key` is what a person set to it.
 
     Raises:
       InputError: nothing is there.
@@ -67,7 +68,7 @@ def find_source(path: str, config: DataConfig) -> Source:
     if path.startswith(TFDS):
         source = _tfds(path, config)
     elif remote.is_remote(path):
-        source = _remote(path)
+        source = _remote(path, key)
     elif path == STDLIB:
         source = Source(path, tuple(_walk(sysconfig.get_paths()["stdlib"], stdlib=True)))
     elif os.path.isdir(path):
@@ -75,13 +76,11 @@ def find_source(path: str, config: DataConfig) -> Source:
     elif os.path.exists(path):
         source = Source(path, (_item(path, os.path.basename(path)),), single=True)
     elif glob.has_magic(path):
-        source = Source(path, tuple(_glob(path)))
+        source = Source(path, tuple(_glob(path, key)))
     else:
-        raise InputError(
-            f"{path} does not exist; set data.path (or data.mixture, data.validation) to a file, folder or glob."
-        )
+        raise InputError(f"{path} does not exist; set {key} to a file, folder or glob.")
     if not source.items:
-        raise InputError(f"{path} holds no files; set data.path to text, JSON lines or Parquet.")
+        raise InputError(f"{path} holds no files; set {key} to text, JSON lines or Parquet.")
     return source
 
 
@@ -106,10 +105,10 @@ def _walk(top: str, stdlib: bool = False) -> Iterator[Item]:
                 yield _item(path, os.path.relpath(path, top).replace(os.sep, "/"))
 
 
-def _glob(pattern: str) -> Iterator[Item]:
+def _glob(pattern: str, key: str) -> Iterator[Item]:
     files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
     if not files:
-        raise InputError(f"{pattern} matches no file; change data.path (or data.mixture, data.validation).")
+        raise InputError(f"{pattern} matches no file; change {key}.")
     top = (
         os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath([os.path.dirname(f) or "." for f in files])
     )
@@ -117,7 +116,7 @@ def _glob(pattern: str) -> Iterator[Item]:
         yield _item(file, os.path.relpath(file, top or ".").replace(os.sep, "/"))
 
 
-def _remote(path: str) -> Source:
+def _remote(path: str, key: str) -> Source:
     """Find remote files, with the names and in the order that they would have on a disk."""
     pattern, single = glob.has_magic(path), False
     path = path.rstrip("/")
@@ -126,7 +125,7 @@ def _remote(path: str) -> Source:
     else:
         found, single = remote.find(path)
     if pattern and not found:
-        raise InputError(f"{path} matches no file; change data.path (or data.mixture, data.validation).")
+        raise InputError(f"{path} matches no file; change {key}.")
     protocol = path.partition("://")[0] + "://"
     folders = [os.path.dirname(o.address).removeprefix(protocol) for o in found]
     top = protocol + (os.path.commonpath(folders) if pattern or single else path.removeprefix(protocol)) + "/"

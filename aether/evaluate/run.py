@@ -23,9 +23,15 @@ from aether.workdir import Workdir
 
 
 def evaluate_run(
-    workdir: str, *, step: int | None = None, data: str | None = None, batches: int = 0, pictures: str | None = None
+    workdir: str,
+    *,
+    step: int | None = None,
+    data: str | None = None,
+    batches: int = 0,
+    pictures: str | None = None,
+    average: str = "auto",
 ) -> dict[str, Any]:
-    """Score a checkpoint (the last by default); return step, data and the scores of `scorer_of`.
+    """Score a checkpoint (the last by default); return step, average, data and the scores of `scorer_of`.
 
     Of a classifier also draw which classes it confuses and what it takes for something else most confidently;
     "pictures" says where.
@@ -37,12 +43,13 @@ def evaluate_run(
       batches: how many, spread evenly over the set; 0 for all of it.
       pictures: folder of a classifier's pictures; by default evaluation/NAME-STEP in the run's, or none, with a
         warning, where that cannot be written.
+      average: see `load_run`.
 
     Raises:
       InputError: no such run, checkpoint or data, or pictures are asked of a language model.
       StorageError: `pictures` cannot be written.
     """
-    run = load_run(workdir, step)
+    run = load_run(workdir, step, average=average)
     if pictures and run.labels is None:
         raise InputError(f"--pictures is {pictures!r}, but {run.config.model.kind} reads text; leave it out.")
     name, examples = validation_examples(run, data)
@@ -56,7 +63,7 @@ def evaluate_run(
         file=sys.stderr,
         disable=not sys.stderr.isatty() or jax.process_index() > 0,
     )
-    known = {"step": run.step, "data": name}
+    known = {"step": run.step, "average": run.average, "data": name}
     if run.labels is None:
         return known | scorer_of(run.config, run.tokenizer, run.graph, run.mesh)(run.params, shown)
     return known | _classify(run, name, shown, pictures)
@@ -98,10 +105,10 @@ def validation_examples(run: Run, data: str | None = None) -> tuple[str, Example
     c = run.config.data
     named = c.validation or ({} if c.mixture or not c.validation_fraction else {"validation": ""})
     if data and data not in named:
-        return data, _other(run, data)
+        return data, _other(run, data, key="--data")
     if c.validation:
         name = data or next(iter(c.validation))
-        return name, _other(run, c.validation[name])
+        return name, _other(run, c.validation[name], key=f"data.validation.{name}")
     corpus = _same_corpus(run)
     if not corpus.validation:
         raise InputError(f"The run in {run.workdir} has no validation data; give some by --data.")
@@ -109,12 +116,12 @@ def validation_examples(run: Run, data: str | None = None) -> tuple[str, Example
     return name, corpus.validation[name]
 
 
-def _other(run: Run, path: str) -> Examples:
-    """Open data that are not the run's own."""
+def _other(run: Run, path: str, key: str) -> Examples:
+    """Open data that are not the run's own; `key` is what a person set to the path."""
     if run.labels is not None:
-        return load_images(path, run.config.data, run.config.image, run.labels)
+        return load_images(path, run.config.data, run.config.image, run.labels, key=key)
     assert run.tokenizer is not None
-    windows = load_validation(path, run.config.data, run.tokenizer)
+    windows = load_validation(path, run.config.data, run.tokenizer, key=key)
     return masked_view(windows, run.config.data.mask_rate, run.tokenizer) if run.config.model.task == "mlm" else windows
 
 

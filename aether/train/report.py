@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self, TextIO
 
 from aether.errors import InputError
+from aether.events import TensorBoard
 from aether.storage import write_atomic
-from aether.train.boards import Background, TensorBoard, WandB, check_wandb
+from aether.train.boards import Background, WandB, check_wandb
 from aether.train.curves import CURVES, draw, short
 from aether.train.metrics import METRICS, Curve, Metrics, Values
 from aether.workdir import Workdir

@@ -12,7 +12,7 @@ from aether.checkpoint import Checkpoints
 from aether.config import MeshConfig
 from aether.data.tokenizers import chars_tokenizer, save_tokenizer
 from aether.errors import InputError
-from aether.evaluate.load import load_run
+from aether.evaluate.load import _mean, load_run
 from aether.models import make_model
 from aether.parallel import make_mesh, shardings
 from aether.testing import tiny_config
@@ -79,6 +79,71 @@ def test_averaged_parameters_where_there_are_some(tmp_path):
     _, params, ema = write_run(tmp_path, 3, train=dict(ema=0.9))
     run = load_run(str(tmp_path))
     assert same(run.params, ema) and not same(run.params, params)
+
+
+def test_which_average_is_the_person_s_choice(tmp_path):
+    _, params, ema = write_run(tmp_path, 3, train=dict(ema=0.9))
+    for average, expected, name in (("none", params, "none"), ("ema", ema, "ema"), ("auto", ema, "ema")):
+        run = load_run(str(tmp_path), average=average)
+        assert same(run.params, expected) and run.average == name
+
+
+@pytest.mark.parametrize(("step", "steps"), [(None, (4, 5, 9)), (5, (2, 4, 5)), (8, (2, 4, 5))])
+def test_the_mean_of_the_last_checkpoints(tmp_path, monkeypatch, step, steps):
+    config, _, _ = write_run(tmp_path, 2, 4, 5, 9, spread=True, mesh=dict(data=2, fsdp=4), checkpoint=dict(keep_last=9))
+    read = []
+    restore = Checkpoints.restore_model
+
+    def noted(self, params, extras, step, **rest):
+        read.append((step, sum(not x.is_deleted() for x in jax.live_arrays() if x.shape == largest)))
+        return restore(self, params, extras, step, **rest)
+
+    largest = max((x.shape for x in jax.tree.leaves(graph_and_shapes(config)[1])), key=np.prod)
+    before = sum(x.shape == largest for x in jax.live_arrays())
+    monkeypatch.setattr(Checkpoints, "restore_model", noted)
+    run = load_run(str(tmp_path), step, average="last:3")
+    assert (run.step, run.average) == (steps[-1], "last:3")
+    # The mean alone is in memory as the next one is read.
+    per_model = sum(x.shape == largest for x in jax.tree.leaves(run.params))
+    assert [(s, n - before) for s, n in read] == list(zip(steps, (0, per_model, per_model), strict=True))
+    parts = [jax.tree.leaves(parameters(config, s)) for s in steps]
+    for leaf, *values in zip(jax.tree.leaves(run.params), *parts, strict=True):
+        np.testing.assert_allclose(leaf, np.mean(np.float64(values), 0), atol=1e-6)
+        assert leaf.sharding.mesh == run.mesh
+
+
+def test_the_mean_of_what_a_forward_pass_changes_too(tmp_path):
+    """BatchNorm's statistics are averaged; a counter is the last one's."""
+    means = [dict(mean=np.float32([1, 2]), count=np.int32(3)), dict(mean=np.float32([5, 4]), count=np.int32(8))]
+    checkpoints = Checkpoints(str(tmp_path), tiny_config().checkpoint)
+    weights = [{"w": nnx.Param(np.float32([k, 2 * k]))} for k in (1, 4)]
+    for step, (w, extra) in enumerate(zip(weights, means, strict=True), 1):
+        extras = nnx.State({k: nnx.BatchStat(v) for k, v in extra.items()})
+        checkpoints.save(step, {"params": nnx.State(w), "extras": extras}, meta={})
+    checkpoints.wait()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (nnx.State(weights[0]), extras))
+    mean = _mean(checkpoints, *like, [1, 2])
+    checkpoints.close()
+    assert {k: v[...].tolist() for k, v in mean.items()} == dict(w=[2.5, 5.0], mean=[3.0, 3.0], count=8)
+
+
+@pytest.mark.parametrize(
+    ("average", "step", "says"),
+    [
+        ("ema", None, "--average is ema, but the run in .* keeps no moving average .train.ema=0.; take none or last:K"),
+        ("last:3", None, r"3 checkpoints are wanted, and .* has 2 \(2, 5\); ask for fewer"),
+        ("last:2", 4, r"2 checkpoints are wanted up to step 4, and .* has 1 \(2\)"),
+        ("last:1", 1, "1 checkpoint is wanted up to step 1, and .* has none"),
+        *(
+            (word, None, f"--average is '{word}'; it takes auto, none, ema, or last:K")
+            for word in ("mean", "last", "last:0", "last:x", "last:-1", "")
+        ),
+    ],
+)
+def test_averages_that_are_not_there(folder, average, step, says):
+    with pytest.raises(InputError, match=says) as caught:
+        load_run(str(folder), step, average=average)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sharded_run_on_its_mesh_and_on_others(tmp_path):

@@ -72,7 +72,7 @@ def test_evaluate_repeats_the_line_of_the_training(run, capsys, flags, step, nam
     folder, lines = run
     assert call(evaluate, f"--workdir={folder}", *flags) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (found["step"], found["data"]) == (step, name)
+    assert (found["step"], found["average"], found["data"]) == (step, "ema", name)
     assert_is(found, lines[step, name])
 
 
@@ -99,7 +99,7 @@ def test_some_batches(run):
     ("flags", "words"),
     [
         (["--step=3"], ["3", "2, 4"]),
-        (["--data=nowhere.txt"], ["nowhere.txt"]),
+        (["--data=nowhere.txt"], ["nowhere.txt does not exist; set --data to a file, folder or glob"]),
         (["--workdir=nowhere"], ["--workdir", "nowhere"]),
     ],
 )

@@ -30,7 +30,7 @@ def replace(monkeypatch):
         fake = types.ModuleType(module)
         setattr(fake, name, function)
         monkeypatch.setitem(sys.modules, module, fake)
-        for parent in ("aether.train", "aether.evaluate", "aether.generate"):
+        for parent in ("aether.train", "aether.evaluate", "aether.evaluate.tasks", "aether.generate"):
             monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
         return calls
 
@@ -68,15 +68,27 @@ def test_train_refuses_before_anything_is_loaded(replace, capsys):
 def test_evaluate_prints_one_line_of_json(replace, capsys):
     calls = replace("aether.evaluate.run", "evaluate_run", {"step": 3, "loss": 1.25, "perplexity": float("inf")})
     assert run(evaluate, "--workdir=w", "--step=3", "--data=x.txt", "--batches=2") == 0
-    assert calls == [(("w",), {"step": 3, "data": "x.txt", "batches": 2, "pictures": None})]
+    assert calls == [(("w",), {"step": 3, "data": "x.txt", "batches": 2, "pictures": None, "average": "auto"})]
     out = capsys.readouterr().out
     assert out.endswith("\n") and json.loads(out.splitlines()[-1]) == {"step": 3, "loss": 1.25, "perplexity": None}
+
+
+def test_evaluate_hands_tasks_over_and_prints_a_table(replace, capsys):
+    shown = replace("aether.evaluate.tasks.table", "table", "the table")
+    calls = replace(
+        "aether.evaluate.tasks.run", "evaluate_tasks", {"step": 3, "tasks": {"pairs-x": {"a": float("nan")}}}
+    )
+    words = ["--task=pairs:x.jsonl", "--task=sliding:y", "--stride=4", "--step=3", "--average=ema"]
+    assert run(evaluate, "--workdir=w", *words) == 0
+    rest = dict(step=3, stride=4, average="ema")
+    assert calls == [(("w", ["pairs:x.jsonl", "sliding:y"]), rest)] and shown[0][0][0]["pairs-x"]
+    assert capsys.readouterr().out.splitlines() == ["the table", '{"step": 3, "tasks": {"pairs-x": {"a": null}}}']
 
 
 def test_evaluate_defaults(replace):
     calls = replace("aether.evaluate.run", "evaluate_run", {})
     assert run(evaluate, "--workdir=w") == 0
-    assert calls == [(("w",), {"step": None, "data": None, "batches": 0, "pictures": None})]
+    assert calls == [(("w",), {"step": None, "data": None, "batches": 0, "pictures": None, "average": "auto"})]
     assert run(evaluate) == 2 and run(evaluate, "--workdir=w", "--step=-1") == 2
     assert len(calls) == 1
 
@@ -100,7 +112,7 @@ def test_generate_streams_the_pieces(generated, capsys):
     loads, decoders, calls = generated([iter(["ma", "in("])])
     assert run(generate, "--workdir=w", "--prompt=def ", "--temperature=0", "--top_k=5", "--seed=7") == 0
     assert capsys.readouterr().out == "def main(\n"
-    assert loads == [(("w", None), {})] and decoders == [(("graph", 64, 9, 10), {})]
+    assert loads == [(("w", None), {"average": "auto"})] and decoders == [(("graph", 64, 9, 10), {})]
     (((decoder, params, _, prompt, max_tokens), asked),) = calls
     assert (decoder, params, prompt, max_tokens) == ("decoder", "params", "def ", 200)
     assert asked == dict(temperature=0.0, top_k=5, top_p=1.0, seed=7, num=1)
@@ -110,7 +122,7 @@ def test_generate_separates_samples(generated, capsys):
     loads, _, _ = generated([["a"], ["b", "c"]])
     assert run(generate, "--workdir=w", "--num=2", "--step=4") == 0
     assert capsys.readouterr().out == "--- sample 1 of 2 ---\na\n--- sample 2 of 2 ---\nbc\n"
-    assert loads == [(("w", 4), {})]
+    assert loads == [(("w", 4), {"average": "auto"})]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""The background thread and the boards by themselves; `report_test.py` drives them through a whole run."""
+"""The background thread and Weights & Biases by themselves; `report_test.py` drives them through a whole run."""
 
 import importlib.util
 
 import pytest
 
 from aether.errors import InputError
-from aether.train.boards import Background, TensorBoard, check_wandb
+from aether.train.boards import Background, check_wandb
 
 
 @pytest.mark.parametrize(("name", "attempts"), [("TensorBoard", 1), ("W&B", 1), ("upload", 3)])
@@ -24,13 +24,6 @@ def test_jobs_run_in_order_and_only_boards_are_given_up(name, attempts):
     assert not background.is_alive()
     assert done == [i for step in range(3) for i in ([step] if step < attempts else []) + [10 + step]]
     assert warnings == [f"warning: {name} failed, training goes on without it: OSError: gone"] * attempts
-
-
-def test_a_board_without_events_makes_no_files(tmp_path):
-    board = TensorBoard(tmp_path / "tensorboard", 0)
-    board.flush()
-    board.close()
-    assert not list(tmp_path.iterdir())
 
 
 def test_wandb_is_asked_for_only_where_it_is_wanted(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 from aether.config import DataConfig, ImageConfig, Pictures
 from aether.data.files import Log, key_of, read_json, write_json
 from aether.data.images.sets import ImageSet
-from aether.data.images.sources import open_source
+from aether.data.images.sources import KEYS, open_source
 from aether.data.images.stores import Arrays, Source, Store
 from aether.errors import InputError
 
@@ -95,14 +95,21 @@ def load_images(data: DataConfig, image: ImageConfig, log: Log = lambda line: No
 
 
 def load_validation(
-    path: str, data: DataConfig, image: ImageConfig, labels: Labels, log: Log = lambda line: None
+    path: str,
+    data: DataConfig,
+    image: ImageConfig,
+    labels: Labels,
+    log: Log = lambda line: None,
+    key: str = KEYS,
 ) -> ImageSet:
     """Open a set for evaluation by a model with these labels: its held-out split if it has one, else all of it.
+
+    `key` is what a person set to the path.
 
     Raises:
       InputError: it has other classes.
     """
-    source = open_source(path, data, image.strict, log)
+    source = open_source(path, data, image.strict, log, key)
     for line in _skipped(source):
         log(line)
     return image_set(source, source.train if source.held_out is None else source.held_out, labels, image)

@@ -14,14 +14,15 @@ from aether.data.images.stores import Records, Source
 from aether.data.sources import TFDS, find_source
 from aether.errors import InputError
 
+KEYS = "data.path (or data.validation)"
 ACCEPTED = (
     "digits, tfds:NAME[:SPLIT], a folder of pictures by class, a folder with idx files (train-images-idx3-ubyte[.gz]) "
     "or one of them, or an .npz file"
 )
 
 
-def open_source(path: str, config: DataConfig, strict: bool, log: Log) -> Source:
-    """Open the pictures behind a path.
+def open_source(path: str, config: DataConfig, strict: bool, log: Log, key: str = KEYS) -> Source:
+    """Open the pictures behind a path; `key` is what a person set to it.
 
     Raises:
       InputError: nothing of the kind is there, or it cannot be used.
@@ -46,7 +47,7 @@ def open_source(path: str, config: DataConfig, strict: bool, log: Log) -> Source
     if os.path.isfile(place) and arrays.IDX.fullmatch(os.path.basename(place)):
         return arrays.open_idx(place)
     what = "is none of these" if os.path.exists(place) else "does not exist"
-    raise InputError(f"{path} {what}: set data.path (or data.validation) to {ACCEPTED}.")
+    raise InputError(f"{path} {what}: set {key} to {ACCEPTED}.")
 
 
 def _tfds(path: str, config: DataConfig) -> Source:
