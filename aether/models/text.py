@@ -18,8 +18,9 @@ from aether.parallel import looked_up
 class TextModel(nnx.Module):
     """Embedding, scanned blocks, linear head.
 
-    The residual stream is float32; what the branches compute is in `model.dtype`. With a tied head the logits are
-    x·Eᵀ scaled so that they start as small as with GPT-2's table, whatever the embedding's own scale.
+    The residual stream is float32; what the branches compute is in `model.dtype`. With a tied head the table E starts
+    as small as GPT-2's, so that the logits x·Eᵀ do, and what is read of it is scaled to `c.embed_std`. (With a table
+    of that size and its products scaled down, steps of Adam's size hardly move the logits: LOG.md.)
 
     Args:
       c: the resolved configuration.
@@ -32,14 +33,15 @@ class TextModel(nnx.Module):
     def __init__(self, c: ModelConfig, context: int, inputs: int, causal: bool, rngs: nnx.Rngs):
         self.config = c
         self.vocab = c.vocab
-        self.embed = Embed(inputs, c.width, std=c.embed_std, rngs=rngs)
+        tied = c.head == "tied"
+        std = USUAL_STD if tied else c.embed_std
+        self.embed, self.gain = Embed(inputs, c.width, std=std, rngs=rngs), c.embed_std / std
         pad_axis(self.embed.embedding, 0, c.rows)
         learned = c.position == "learned"
         axes = ("position", "embed")
         self.position = Embed(context, c.width, std=c.embed_std, axes=axes, rngs=rngs) if learned else None
         self.blocks = stacked(c, causal, rngs)
         self.norm = layer_norm(c)
-        tied = c.head == "tied"
         axes = ("embed", "vocab")
         self.head = None if tied else Linear(c.width, c.vocab, std=USUAL_STD, use_bias=False, axes=axes, rngs=rngs)
         if self.head is not None:
@@ -60,7 +62,7 @@ class TextModel(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(t), (b, t))
         with jax.named_scope("embed"):
-            x = looked_up(self.embed, tokens)
+            x = self.gain * looked_up(self.embed, tokens)
             if self.position is not None:
                 x = x + looked_up(self.position, positions)
         x, cache = through(self.blocks, c, x, positions=positions, segments=segments, cache=cache, key=key)
@@ -74,7 +76,7 @@ class TextModel(nnx.Module):
         """
         if self.head is not None:
             return self.head.kernel[...]
-        return self.embed.embedding[...].T * (USUAL_STD / self.config.embed_std)
+        return self.embed.embedding[...].T
 
     def logits(self, hidden: Array) -> Array:
         """Return float32 logits (b, t, v) of hidden states (b, t, d)."""

@@ -201,10 +201,12 @@ def test_recomputing_blocks_changes_no_gradient(kind):
 def test_a_tied_head_is_the_embedding():
     tied, apart = drawn(head="tied", embed_std=0.5), make(head="untied", vocab_multiple=1)
     assert tied.head is None
-    np.testing.assert_allclose(tied.head_kernel(), tied.embed.embedding[...].T * 0.04, rtol=1e-6)
+    np.testing.assert_array_equal(tied.head_kernel(), tied.embed.embedding[...].T)
+    assert tied.gain == 25.0 and apart.gain == 1.0
     assert (apart.head_kernel() == apart.head.kernel[...]).all()
     assert abs(float(apart.head_kernel().std()) - 0.02) < 2e-3
     baseline = drawn(kind="gpt2")
+    assert baseline.gain == 1.0
     np.testing.assert_array_equal(baseline.head_kernel(), baseline.embed.embedding[...].T)
 
 
