@@ -107,7 +107,11 @@ TARGET = Target(
     "a model of transformers, with its tokenizer",
     write,
     replay,
-    use="from transformers import AutoConfig, AutoModel\n",
+    use=(
+        "from transformers import AutoModelForCausalLM  # or whose name is in config.json, auto_map\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)\n'
+        "logits = model(inputs).logits  # images as (rows, channels, side, side)"
+    ),
     packages=("torch", "safetensors", "transformers", "tokenizers"),
     extra="hf",
     environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -12,6 +12,9 @@ from aether.data.tokenizers import Tokenizer
 from aether.export.bundle import Parameters
 
 
+NOTES = "NOTES.md"  # what a target has to say of the files that it wrote; the card repeats it
+
+
 @dataclass(frozen=True)
 class Source:
     """A network to be exported.

@@ -3,10 +3,10 @@
 import importlib.util
 
 from aether.errors import InputError
-from aether.export import npz, torch
+from aether.export import hf, npz, torch
 from aether.export.source import Target
 
-TARGETS: dict[str, Target] = {"npz": npz.TARGET, "torch": torch.TARGET}
+TARGETS: dict[str, Target] = {"npz": npz.TARGET, "torch": torch.TARGET, "hf": hf.TARGET}
 
 
 def target_of(name: str) -> Target:

@@ -1,7 +1,7 @@
 """Tokenizers for the `tokenizers` library, whose ids are Aether's own.
 
-Each is checked on texts that are meant to break it and on the run's own words; one that would give other ids is left
-out, with the reason in `no_tokenizer.txt`.
+Each is checked on texts that are meant to break it and on its own pieces, in their order and at random; one that would
+give other ids is left out, with the reason in the card.
 """
 
 import json
@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from aether.data.tokenizers import EOT, SPACE_MARK, Bytes, Chars, GPT2, SentencePiece, Tokenizer
+import numpy as np
+
+from aether.data.tokenizers import EOT, GPT2, SPACE_MARK, Bytes, Chars, SentencePiece, Tokenizer
 from aether.errors import InputError
+from aether.export.source import NOTES
 
 MASK = "<|mask|>"
-REFUSED = "no_tokenizer.txt"
 _NEVER = -1e4  # log-probability of pieces that text is not cut into
 TEXTS = (
     "The model reads a line, and says what comes next; it's 3.14159 or 2,718,281 or 1e-9.",
@@ -32,10 +34,10 @@ TEXTS = (
 
 def write_tokenizer(tokenizer: Tokenizer, facts: dict[str, Any], folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, or why there are none."""
-    made = make(tokenizer)
-    reason = difference(tokenizer, made, TEXTS) if made is not None else "its kind has no equivalent there."
+    made = make(tokenizer, mask=not facts["causal"])
+    reason = difference(tokenizer, made, (*TEXTS, *_own_words(tokenizer)))
     if reason:
-        (folder / REFUSED).write_text(f"There is no tokenizer.json: {reason}\n", encoding="utf-8")
+        (folder / NOTES).write_text(f"The tokenizer is not among the files: {reason}\n", encoding="utf-8")
         return
     made.save(str(folder / "tokenizer.json"))
     names = dict(bos_token=EOT, eos_token=EOT, pad_token=EOT)
@@ -61,6 +63,13 @@ def difference(ours: Tokenizer, made: Any, texts: Iterable[str]) -> str:
         if got != wanted:
             return f"of {text[:40]!r} it would make {str(got)[:60]}, and Aether makes {str(wanted)[:60]}."
     return ""
+
+
+def _own_words(tokenizer: Tokenizer) -> list[str]:
+    """Return texts of all pieces that are text, and of pieces drawn at random: what its training text is made of."""
+    rng = np.random.default_rng(0)
+    orders = [np.arange(tokenizer.vocab_size), *(rng.integers(0, tokenizer.vocab_size, 1000) for _ in range(20))]
+    return [tokenizer.decode(ids).decode(errors="ignore") for ids in orders]
 
 
 def make(tokenizer: Tokenizer, mask: bool = False) -> Any:
@@ -113,11 +122,10 @@ def _chars(tokenizer: Tokenizer) -> Any:
 
 def _sentencepiece(tokenizer: Tokenizer) -> Any:
     """Pieces with spaces as they are, so that SentencePiece's mark for one is a character like others."""
-    from tokenizers import Tokenizer, decoders, models
     from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Tokenizer, decoders, models
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files["tokenizer.model"])
-    kinds = type(proto.pieces[0]) if proto.pieces else None
     names = [p.piece.replace(SPACE_MARK, " ") if p.type == p.NORMAL else p.piece for p in proto.pieces]
     text = [p.type in (p.NORMAL, p.USER_DEFINED) for p in proto.pieces]
     unknown = proto.trainer_spec.unk_id

@@ -81,7 +81,10 @@ TARGET = Target(
     "model.safetensors and the network in PyTorch",
     write,
     replay,
-    use='from torch_model import load\n\nnetwork = load(".")\nlogits = network(inputs)',
+    use=(
+        'from torch_model import load\n\nnetwork = load(".")\n'
+        "logits = network(inputs)  # images as (rows, channels, side, side)"
+    ),
     packages=("torch", "safetensors"),
     extra="torch",
 )
