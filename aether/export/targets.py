@@ -3,10 +3,16 @@
 import importlib.util
 
 from aether.errors import InputError
-from aether.export import hf, npz, torch
+from aether.export import gpt2, hf, npz, onnx, torch
 from aether.export.source import Target
 
-TARGETS: dict[str, Target] = {"npz": npz.TARGET, "torch": torch.TARGET, "hf": hf.TARGET}
+TARGETS: dict[str, Target] = {
+    "npz": npz.TARGET,
+    "torch": torch.TARGET,
+    "hf": hf.TARGET,
+    "gpt2": gpt2.TARGET,
+    "onnx": onnx.TARGET,
+}
 
 
 def target_of(name: str) -> Target:

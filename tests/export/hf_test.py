@@ -164,7 +164,7 @@ dataset_kwargs: {{data_files: {{test: {path}}}}}
 output_type: multiple_choice
 test_split: test
 doc_to_text: "{{{{text}}}}"
-doc_to_choice: ["{{{{right}}}}", "{{{{wrong}}}}"]
+doc_to_choice: "{{{{[right, wrong]}}}}"
 doc_to_target: 0
 target_delimiter: " "
 metric_list:
@@ -172,22 +172,32 @@ metric_list:
 """
 
 
-def test_the_harness_runs_on_it(exported_run, tmp_path, monkeypatch):
+def test_the_harness_runs_on_it(written, made, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
     from lm_eval.tasks import TaskManager
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    lines = [dict(text="the model reads a line and", right="says what", wrong="aaes ehtw") for _ in range(4)]
+    lines = [dict(text="a" * n, right="bc", wrong="def") for n in (1, 4, 2)]
     (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "tiny.yaml").write_text(TASK.format(path=tmp_path / "tiny.jsonl"))
     results = lm_eval.simple_evaluate(
         model="hf",
-        model_args=f"pretrained={exported_run[1]},trust_remote_code=True,dtype=float32",
+        model_args=f"pretrained={written('aether', 'hf')},trust_remote_code=True,dtype=float32",
         tasks=["tiny"],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         device="cpu",
         batch_size=2,
         bootstrap_iters=0,
+        log_samples=True,
     )
-    assert results["results"]["tiny"]["acc,none"] == 1.0
+    model, _ = made("aether")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(written("aether", "hf"))
+    for sample in results["samples"]["tiny"]:
+        for choice, (found, _) in zip(("right", "wrong"), sample["filtered_resps"], strict=True):
+            text, more = sample["doc"]["text"], " " + sample["doc"][choice]
+            ids = tokenizer(text + more, return_tensors="pt").input_ids[0]  # begins with end of text
+            logits = model(ids[None]).logits[0, -len(more) - 1 : -1].double().log_softmax(-1)
+            wanted = logits.gather(-1, ids[-len(more) :, None]).sum().item()
+            assert found == pytest.approx(wanted, rel=1e-5)
