@@ -1,7 +1,7 @@
 """To and from GPT-2's own layout, which `transformers.GPT2LMHeadModel` and much else reads without code of ours.
 
-There the linear maps of attention and MLP are (in, out), as here; query, key and value are one map, `c_attn`; the head is
-the table of ids itself; a scale that ours has goes into the norm before it.
+There the linear maps of attention and MLP are (in, out), as here; query, key and value are one map, `c_attn`; the head
+is the table of ids itself, and a scale that ours has goes into the norm before it.
 """
 
 import json
@@ -25,7 +25,13 @@ _OUTER = {
     "norm.scale": "ln_f.weight",
     "norm.bias": "ln_f.bias",
 }
-_BLOCK = {"norm1": "ln_1", "norm2": "ln_2", "attention.out": "attn.c_proj", "mlp.hidden": "mlp.c_fc", "mlp.out": "mlp.c_proj"}
+_BLOCK = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attention.out": "attn.c_proj",
+    "mlp.hidden": "mlp.c_fc",
+    "mlp.out": "mlp.c_proj",
+}
 _QKV = ("query", "key", "value")
 _LAST = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # masks, which old files have

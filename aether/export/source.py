@@ -12,9 +12,6 @@ from aether.data.tokenizers import Tokenizer
 from aether.export.bundle import Parameters
 
 
-NOTES = "NOTES.md"  # what a target has to say of the files that it wrote; the card repeats it
-
-
 @dataclass(frozen=True)
 class Source:
     """A network to be exported.
@@ -35,6 +32,8 @@ class Source:
     labels: Labels | None
     record: dict[str, Any] = field(repr=False)
 
+
+NOTES = "NOTES.md"  # what a target has to say of the files that it wrote; the card repeats it
 
 Write = Callable[[Source, Path], None]
 Replay = Callable[[Path, Iterable[np.ndarray]], Iterator[np.ndarray]]

@@ -73,7 +73,7 @@ def _own_words(tokenizer: Tokenizer) -> list[str]:
 
 
 def make(tokenizer: Tokenizer, mask: bool = False) -> Any:
-    """Return the `tokenizers.Tokenizer` of one of ours; each text begins with end of text, if specials are asked for."""
+    """Return the `tokenizers.Tokenizer` of one of ours; with special tokens, each text begins with end of text."""
     from tokenizers import AddedToken, processors
 
     parts: dict[type, Any] = {Bytes: _bytes, Chars: _chars, GPT2: _gpt2, SentencePiece: _sentencepiece}

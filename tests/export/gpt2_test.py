@@ -101,7 +101,8 @@ def test_files_that_are_missing(theirs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("aether", "attention=yat"), ("gpt2_dot_yat", "mlp=yat"), ("bert", "head=untied"), ("vit", "head=")]
+    ("name", "said"),
+    [("aether", "attention=yat"), ("gpt2_dot_yat", "mlp=yat"), ("bert", "head=untied"), ("vit", "head=")],
 )
 def test_networks_of_other_parts_are_refused(name, said, written):
     with pytest.raises(InputError, match=said):

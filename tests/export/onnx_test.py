@@ -4,13 +4,22 @@ import numpy as np
 import pytest
 
 from aether.export.onnx import replay
-from aether.testing import NETWORKS, TEXTS, inputs_of, network_config
+from aether.testing import TEXTS, inputs_of, network_config
 
 for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 from aether.export import torch as in_torch  # noqa: E402
 
-NAMES = ["aether", "aether_plain", "minibert_linear", "bert", "vit_linear", "aether_vit", "aether_resnet_deep", "resnet"]
+NAMES = [
+    "aether",
+    "aether_plain",
+    "minibert_linear",
+    "bert",
+    "vit_linear",
+    "aether_vit",
+    "aether_resnet_deep",
+    "resnet",
+]
 
 
 # PyTorch's tracer copies a class of its own that it has deprecated.

@@ -13,7 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifie
 
 from aether.export.reference.torch_model import network_of
 
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # the newer name first
+_CACHE = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)  # the newer name first
 
 
 class AetherConfig(PretrainedConfig):
@@ -91,7 +93,9 @@ class AetherForCausalLM(AetherPreTrainedModel, GenerationMixin):
         if cache is None and (not self.training if use_cache is None else use_cache):
             cache = DynamicCache()
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; it must be (b, t): use a dynamic cache.")
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}; it must be (b, t): use a dynamic cache."
+            )
         hidden = self.model.hidden(input_ids, attention_mask, position_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(hidden[:, kept])
@@ -139,5 +143,3 @@ class AetherForImageClassification(AetherPreTrainedModel):
         loss = None if labels is None else F.cross_entropy(logits, labels)
         out = ImageClassifierOutput(loss=loss, logits=logits)
         return out if return_dict else out.to_tuple()
-
-

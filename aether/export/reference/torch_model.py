@@ -3,9 +3,9 @@
 model = load("."); logits = model(tokens)    # (b, t) ids -> (b, t, vocab)
 model = load("."); logits = model(images)    # (b, channels, h, w), (pixels/255 - mean)/std -> (b, classes)
 
-Text goes on from a cache: cache = Cache(); model(prompt, cache=cache); model(what_follows, cache=cache). f are the facts
-of config.json. Linear maps compute in the dtype of their weights; the residual stream, ⵟ units, scores and norms in
-float32 at least.
+Text goes on from a cache: cache = Cache(); model(prompt, cache=cache); model(what_follows, cache=cache). f are the
+facts of config.json. Linear maps compute in the dtype of their weights; the residual stream, ⵟ units, scores and norms
+in float32 at least.
 """
 
 import json
@@ -163,7 +163,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, seen: Tensor | None, cache: Any) -> Tensor:
         """(b, t, width) -> the same."""
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        q, k, v = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
         q, k = (self.prepared(a, positions).to(v.dtype) for a in (q, k))  # (b, h, t, k), kept as they are compared
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
@@ -346,7 +348,9 @@ class BatchNorm(nn.Module):
 class Conv(nn.Conv2d):
     """A convolution with size // 2 zeros on every side, in the dtype of its kernels."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, strides: int = 1, bias: bool = True, zero_sum: bool = False):
+    def __init__(
+        self, inputs: int, outputs: int, size: int, strides: int = 1, bias: bool = True, zero_sum: bool = False
+    ):
         super().__init__(inputs, outputs, size, strides, size // 2, bias=bias)
         self.zero_sum = zero_sum
 
