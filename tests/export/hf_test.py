@@ -144,7 +144,7 @@ def exported_run(trained, tmp_path_factory):
 
 def test_a_run_with_its_tokenizer(exported_run):
     run, out = exported_run
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     text = "the model reads a line.\nand  says"
     wanted = run.tokenizer.encode(text).tolist()
     assert tokenizer(text, add_special_tokens=False).input_ids == wanted
@@ -193,7 +193,7 @@ def test_the_harness_runs_on_it(written, made, tmp_path, monkeypatch):
         log_samples=True,
     )
     model, _ = made("aether")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(written("aether", "hf"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(written("aether", "hf"), trust_remote_code=True)
     for sample in results["samples"]["tiny"]:
         for choice, (found, _) in zip(("right", "wrong"), sample["filtered_resps"], strict=True):
             text, more = sample["doc"]["text"], " " + sample["doc"][choice]

@@ -36,6 +36,7 @@ class AetherPreTrainedModel(PreTrainedModel):
     """The network, with the head that its task has; its one table is input and, where the head is tied, output."""
 
     config_class = AetherConfig
+    _supports_cache_class = True  # of transformers 4
     _no_split_modules = ["Block", "YatBlock", "ReLUBlock"]
     _keep_in_fp32_modules_strict = ["whitening"]
 
