@@ -122,13 +122,14 @@ def _chars(tokenizer: Tokenizer) -> Any:
 
 def _sentencepiece(tokenizer: Tokenizer) -> Any:
     """Pieces with spaces as they are, so that SentencePiece's mark for one is a character like others."""
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as messages
     from tokenizers import Tokenizer, decoders, models
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files["tokenizer.model"])
+    proto = messages.ModelProto.FromString(tokenizer.files["tokenizer.model"])  # type: ignore[attr-defined]
     names = [p.piece.replace(SPACE_MARK, " ") if p.type == p.NORMAL else p.piece for p in proto.pieces]
     text = [p.type in (p.NORMAL, p.USER_DEFINED) for p in proto.pieces]
     unknown = proto.trainer_spec.unk_id
+    model: Any
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
         scores = [p.score if of_text else _NEVER for p, of_text in zip(proto.pieces, text, strict=True)]
         model = models.Unigram(list(zip(names, scores, strict=True)), unknown, True)

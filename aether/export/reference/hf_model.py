@@ -134,7 +134,7 @@ class AetherForImageClassification(AetherPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor,
         labels: Tensor | None = None,
         return_dict: bool = True,
         **kwargs: Any,

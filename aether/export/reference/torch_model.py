@@ -341,8 +341,8 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> the same."""
-        numbers = (wide(a) for a in (self.running_mean, self.running_var, self.weight, self.bias))
-        return F.batch_norm(wide(x), *numbers, self.training, 0.1, self.epsilon)
+        mean, var, scale, bias = (wide(a) for a in (self.running_mean, self.running_var, self.weight, self.bias))
+        return F.batch_norm(wide(x), mean, var, scale, bias, self.training, 0.1, self.epsilon)
 
 
 class Conv(nn.Conv2d):
