@@ -37,10 +37,14 @@ def facts_of(config: Config) -> dict[str, Any]:
         stem = dict(size=size, strides=strides, pool=pooled)
         facts |= dict(stages=list(m.blocks), width=m.width, head=m.head, stem=stem, bottleneck=m.bottleneck)
         facts |= dict(units="relu" if m.kind == "resnet" else "yat", spherical=m.conv_spherical)
+        facts |= dict(linear_bias=True, unit_bias=m.conv_bias > 0)
     else:
         facts |= {name: getattr(m, name) for name in _TRANSFORMER} | dict(rope_theta=m.rope_theta)
+        facts |= dict(linear_bias=m.linear_bias == "yes", unit_bias=m.yat_bias > 0)
     if m.attention == "yat_linear":
-        facts |= dict(kernel_bias=m.yat_bias, kernel_epsilon=m.epsilon)
+        width = m.width // m.heads
+        anchors = (m.features or 4 * width) - 1 - width
+        facts |= dict(kernel_bias=m.yat_bias, kernel_epsilon=m.epsilon, anchors=anchors)
     if m.family == "vit":
         facts |= dict(patch=m.patch, pool=m.pool)
     if m.task == "classify":

@@ -43,7 +43,9 @@ def _results(folder: Workdir, step: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def card_of(facts: dict[str, Any], record: dict[str, Any], to: Target, target: str, parity: Parity) -> str:
+def card_of(
+    facts: dict[str, Any], record: dict[str, Any], to: Target, target: str, parity: Parity, notes: str = ""
+) -> str:
     """Return README.md: front matter as model hubs read it, then what a person wants to know."""
     model, data = record["config"]["model"], record["config"]["data"]
     task = "classify" if "classes" in facts else "lm" if facts["causal"] else "mlm"
@@ -98,6 +100,7 @@ def card_of(facts: dict[str, Any], record: dict[str, Any], to: Target, target: s
         to.use,
         "```",
         "",
+        *([notes.strip(), ""] if notes else []),
         f"`config.json` has the facts of the network under `network`, and the run's own config under `aether`. Made by "
         f"`python -m launch.export --to={target}`.",
     ]

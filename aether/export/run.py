@@ -25,7 +25,7 @@ from aether.evaluate.run import validation_examples
 from aether.export.bundle import DTYPES, facts_of, parameters_of
 from aether.export.card import card_of, record_of
 from aether.export.parity import Parity, compare
-from aether.export.source import Source, Target
+from aether.export.source import NOTES, Source, Target
 from aether.export.targets import target_of
 from aether.models import describe_model
 from aether.parallel import to_global
@@ -82,7 +82,8 @@ def export_run(
             _replay(to, target, made, work)
             parity = compare(_pairs(work))
             (made / PARITY).write_text(json.dumps(parity.record(), indent=2) + "\n", encoding="utf-8")
-            (made / CARD).write_text(card_of(facts, record, to, target, parity), encoding="utf-8")
+            notes = (made / NOTES).read_text(encoding="utf-8") if (made / NOTES).exists() else ""
+            (made / CARD).write_text(card_of(facts, record, to, target, parity, notes), encoding="utf-8")
             if not parity.holds:
                 (made / UNVERIFIED).write_text(_verdict(target, parity) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)

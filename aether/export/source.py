@@ -33,6 +33,8 @@ class Source:
     record: dict[str, Any] = field(repr=False)
 
 
+NOTES = "NOTES.md"  # what a target has to say of the files that it wrote; the card repeats it
+
 Write = Callable[[Source, Path], None]
 Replay = Callable[[Path, Iterable[np.ndarray]], Iterator[np.ndarray]]
 

@@ -4,11 +4,17 @@ import importlib.util
 from pathlib import Path
 
 from aether.errors import InputError
-from aether.export import npz
+from aether.export import gpt2, hf, npz, onnx, torch
 from aether.export.bundle import Parameters
 from aether.export.source import Target
 
-TARGETS: dict[str, Target] = {"npz": npz.TARGET}
+TARGETS: dict[str, Target] = {
+    "npz": npz.TARGET,
+    "torch": torch.TARGET,
+    "hf": hf.TARGET,
+    "gpt2": gpt2.TARGET,
+    "onnx": onnx.TARGET,
+}
 
 
 def target_of(name: str) -> Target:

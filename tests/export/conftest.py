@@ -19,22 +19,46 @@ from aether.testing import drawn_state, inputs_of, network_config, tiny_images, 
 from aether.train.loop import train
 
 
-@pytest.fixture
-def exported(tmp_path):
-    """Return export(name, target, dtype) -> folder, inputs, Aether's logits, those of the export, run in this process.
+@functools.cache
+def _aether(name, dtype):
+    """Return inputs and Aether's logits: compiled once, however many targets are compared with them."""
+    config = network_config(name)
+    graph, state = drawn_state(config)
+    x = inputs_of(config)
+    rounded = jax.tree.map(lambda a: a.astype(DTYPES[dtype]).astype(jnp.float32), state)
+    forward = jax.jit(lambda state, x: network(config, nnx.merge(graph, state), x))
+    return x, np.asarray(forward(rounded, x))
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Return write(name, target, dtype) -> the folder of an export, made once: not to be changed.
 
     The network is one of `aether.testing.NETWORKS`, with random parameters that are nowhere near zero.
     """
 
-    def export(name, target, dtype="float32"):
+    @functools.cache
+    def write(name, target, dtype="float32"):
         config = network_config(name)
-        graph, state = drawn_state(config)
-        x = inputs_of(config)
-        rounded = jax.tree.map(lambda a: a.astype(DTYPES[dtype]).astype(jnp.float32), state)
-        forward = jax.jit(lambda state, x: network(config, nnx.merge(graph, state), x))
-        write_files(_source(config, state, dtype), TARGETS[target], tmp_path)
-        (got,) = TARGETS[target].replay(tmp_path, [x])
-        return tmp_path, x, np.asarray(forward(rounded, x)), got
+        folder = tmp_path_factory.mktemp(f"{name}_{target}_{dtype}")
+        write_files(_source(config, drawn_state(config)[1], dtype), TARGETS[target], folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def exported(written):
+    """Return export(name, target, dtype) -> folder, inputs, Aether's logits, those of the export, run in this process.
+
+    Networks and folders are those of `written`.
+    """
+
+    def export(name, target, dtype="float32"):
+        folder = written(name, target, dtype)
+        x, wanted = _aether(name, dtype)
+        (got,) = TARGETS[target].replay(folder, [x])
+        return folder, x, wanted, got
 
     return export
 
