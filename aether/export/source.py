@@ -34,6 +34,7 @@ class Source:
 
 
 Write = Callable[[Source, Path], None]
+Finish = Callable[[Path], None]
 Replay = Callable[[Path, Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
@@ -46,9 +47,11 @@ class Target:
       write: write(source, folder) leaves the files, the reference network among them.
       replay: replay(folder, batches) yields the float32 logits of each batch of inputs, computed from the files alone;
         it runs in a process of its own.
+      finish: finish(folder) does the part of writing that needs a framework which must not be imported beside Aether; it
+        runs in a process of its own.
       packages: what must be importable.
       extra: of pyproject.toml, which brings them.
-      environment: of that process.
+      environment: of those processes.
       use: lines of Python that a person may copy, for the model card.
     """
 
@@ -56,6 +59,7 @@ class Target:
     write: Write
     replay: Replay
     use: str
+    finish: Finish | None = None
     packages: tuple[str, ...] = ()
     extra: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
