@@ -29,11 +29,12 @@ def write(source: Source, folder: Path) -> None:
 
 def finish(folder: Path) -> None:
     """Write network.keras."""
-    network_of(folder).save(folder / "network.keras")
+    network, _ = network_of(folder)
+    network.save(folder / "network.keras")
 
 
-def network_of(folder: Path) -> Any:
-    """Return the network of what `write` has left, on the backend of this process; take the parameters away."""
+def network_of(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the network and the facts of what `write` has left, on the backend of this process; take the parameters away."""
     from aether.export.reference.keras_model import Network
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -44,7 +45,7 @@ def network_of(folder: Path) -> Any:
             value = file[name]  # NumPy reads bfloat16 as two bytes without a name
             network.parameter(name).assign(value if value.dtype == np.float32 else value.view(ml_dtypes.bfloat16))
     (folder / _PARAMETERS).unlink()
-    return network
+    return network, config["network"]
 
 
 def replay(folder: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -3,10 +3,10 @@
 import importlib.util
 
 from aether.errors import InputError
-from aether.export import keras, npz
+from aether.export import keras, npz, tf
 from aether.export.source import Target
 
-TARGETS: dict[str, Target] = {"npz": npz.TARGET, "keras": keras.TARGET}
+TARGETS: dict[str, Target] = {"npz": npz.TARGET, "keras": keras.TARGET, "tf": tf.TARGET}
 
 
 def target_of(name: str) -> Target:
