@@ -34,7 +34,7 @@ def finish(folder: Path) -> None:
 
 
 def network_of(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the network and the facts of what `write` has left, on the backend of this process; take the parameters away."""
+    """Return the network of what `write` has left, which goes, on the backend of this process; and its facts."""
     from aether.export.reference.keras_model import Network
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ TARGET = Target(
     extra="keras",
     environment={"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
     use="import os\n\n"
-    'os.environ["KERAS_BACKEND"] = "jax"  # or "torch", "tensorflow"\n'
+    'os.environ.setdefault("KERAS_BACKEND", "jax")  # or "torch", "tensorflow"\n'
     "from keras_model import load\n\n"
     'network = load(".")\n'
     "logits = network(inputs)",

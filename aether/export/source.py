@@ -47,8 +47,8 @@ class Target:
       write: write(source, folder) leaves the files, the reference network among them.
       replay: replay(folder, batches) yields the float32 logits of each batch of inputs, computed from the files alone;
         it runs in a process of its own.
-      finish: finish(folder) does the part of writing that needs a framework which must not be imported beside Aether; it
-        runs in a process of its own.
+      finish: finish(folder), if any, writes what only a framework can that must not be imported beside Aether; it runs
+        in a process of its own, after `write`.
       packages: what must be importable.
       extra: of pyproject.toml, which brings them.
       environment: of those processes.

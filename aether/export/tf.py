@@ -1,7 +1,7 @@
 """To TensorFlow: a SavedModel of any batch and, for texts, any length up to the context, run without the model's code.
 
-The graph is traced from keras_model.py on Keras' TensorFlow backend. Parameters are kept in the dtype asked for, also in
-bfloat16; computing is in float32.
+The graph is traced from keras_model.py on Keras' TensorFlow backend. bfloat16 parameters are bfloat16 in it;
+computing is in float32.
 """
 
 from collections.abc import Iterable, Iterator

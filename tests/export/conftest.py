@@ -19,22 +19,34 @@ from aether.testing import drawn_state, inputs_of, network_config, tiny_images, 
 from aether.train.loop import train
 
 
-@pytest.fixture
-def exported(tmp_path):
-    """Return export(name, target, dtype) -> folder, inputs, Aether's logits, those of the export, run in this process.
+@pytest.fixture(scope="session")
+def written():
+    """Return write(name, target, dtype, folder) -> inputs, and Aether's logits as a function of inputs.
 
     The network is one of `aether.testing.NETWORKS`, with random parameters that are nowhere near zero.
     """
 
-    def export(name, target, dtype="float32"):
+    def write(name, target, dtype, folder):
         config = network_config(name)
         graph, state = drawn_state(config)
-        x = inputs_of(config)
         rounded = jax.tree.map(lambda a: a.astype(DTYPES[dtype]).astype(jnp.float32), state)
         forward = jax.jit(lambda state, x: network(config, nnx.merge(graph, state), x))
-        write_files(_source(config, state, dtype), TARGETS[target], tmp_path)
+        write_files(_source(config, state, dtype), TARGETS[target], folder)
+        return inputs_of(config), lambda x: np.asarray(forward(rounded, x))
+
+    return write
+
+
+@pytest.fixture
+def exported(tmp_path, written):
+    """Return export(name, target, dtype) -> folder, inputs, Aether's logits, and those of the export, run here."""
+
+    def export(name, target, dtype="float32"):
+        x, forward = written(name, target, dtype, tmp_path)
+        if TARGETS[target].finish is not None:
+            TARGETS[target].finish(tmp_path)
         (got,) = TARGETS[target].replay(tmp_path, [x])
-        return tmp_path, x, np.asarray(forward(rounded, x)), got
+        return tmp_path, x, forward(x), got
 
     return export
 

@@ -155,7 +155,7 @@ class Network(keras.Model):
 
 
 class Part(keras.layers.Layer):
-    """A layer with the weights that the network has under its name; what was measured, not trained, is not trainable."""
+    """A layer with the weights that the network has under its name; anchors, and what is made of them, stay."""
 
     def __init__(self, p: Plan, name: str):
         super().__init__(dtype=p.dtype, name=name.rpartition(".")[2])
@@ -213,7 +213,8 @@ class Attention(Part):
         """(b, t, width) -> (b, t, width)."""
         t, width = ops.shape(x)[1], x.shape[-1]
         q, k, v = (
-            ops.reshape(part(x), (-1, t, self.heads, width // self.heads)) for part in (self.query, self.key, self.value)
+            ops.reshape(part(x), (-1, t, self.heads, width // self.heads))
+            for part in (self.query, self.key, self.value)
         )
         if self.theta is not None:
             q, k = rotate(q, self.theta), rotate(k, self.theta)
@@ -397,7 +398,9 @@ def dense(p: Plan, name: str) -> keras.layers.Dense:
 def embedding(p: Plan, name: str) -> keras.layers.Embedding:
     """Rows by number."""
     rows, width = p.shapes[f"{name}.embedding"]
-    return _built(keras.layers.Embedding(rows, width, embeddings_initializer="zeros", dtype=p.dtype, name=name), (None,))
+    return _built(
+        keras.layers.Embedding(rows, width, embeddings_initializer="zeros", dtype=p.dtype, name=name), (None,)
+    )
 
 
 def layer_norm(p: Plan, name: str) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,72 @@
+"""Networks as SavedModels, made and run in processes of their own: TensorFlow does not belong into one with JAX."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from aether.export.run import export_run
+from aether.export.targets import TARGETS
+from aether.testing import NETWORKS, TEXTS
+
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, TARGETS["tf"].packages)),
+    reason="TensorFlow is not installed: pip install -e '.[tf]'",
+)
+FEW = ["gpt2", "aether", "minibert_linear", "aether_vit", "aether_resnet_deep", "resnet"]
+REST = [name for name in NETWORKS if name not in FEW]
+RUNS = ["gpt2", *(pytest.param(k, marks=pytest.mark.slow) for k in ("aether", "bert", "aether_vit", "aether_resnet"))]
+SCRIPT = """
+import sys
+from aether.export import finish, replay
+for folder in sys.argv[1:]:
+    finish.main("tf", folder)
+    replay.main("tf", folder, folder + "-work")
+"""
+
+
+@pytest.fixture
+def saved(written, tmp_path):
+    """Return saved(names, dtype): for each name and batch, the shape, Aether's logits and those of the SavedModel."""
+
+    def save(names, dtype="float32"):
+        wanted = {}
+        for name in names:
+            folder, work = tmp_path / name, tmp_path / f"{name}-work"
+            folder.mkdir()
+            work.mkdir()
+            x, forward = written(name, "tf", dtype, folder)
+            batches = [x, x[:1], *((x[:3, :7], x[:2, :1]) if name in TEXTS else ())]
+            for k, batch in enumerate(batches):
+                np.save(work / f"inputs-{k:03}.npy", batch)
+                wanted[name, k] = forward(batch)
+        command = [sys.executable, "-c", SCRIPT, *(str(tmp_path / name) for name in names)]
+        environment = os.environ | TARGETS["tf"].environment
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [
+            ((name, *ours.shape), ours, np.load(tmp_path / f"{name}-work/logits-{k:03}.npy"))
+            for (name, k), ours in wanted.items()
+        ]
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [(FEW, "float32"), pytest.param(REST, "float32", marks=pytest.mark.slow), (["minibert_linear"], "bfloat16")],
+)
+def test_the_same_logits_at_any_batch_and_length(names, dtype, saved):
+    for case, wanted, got in saved(names, dtype):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max(), err_msg=str(case))
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run(kind, trained, tmp_path):
+    parity = export_run(str(trained(kind)), "tf", str(tmp_path / "out"), log=lambda line: None)
+    assert parity.holds and parity.inputs == 64
+    assert (tmp_path / "out/saved_model/saved_model.pb").exists() and not (tmp_path / "out/parameters.npz").exists()
+    assert "tensorflow" not in sys.modules
