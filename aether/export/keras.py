@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from aether.export.bundle import DTYPES
 from aether.export.source import Source, Target
 
 _PARAMETERS = "parameters.npz"
@@ -43,7 +43,7 @@ def network_of(folder: Path) -> tuple[Any, dict[str, Any]]:
         network = Network(config["network"], shapes, config["aether"]["dtype"])
         for name in file.files:
             value = file[name]  # NumPy reads bfloat16 as two bytes without a name
-            network.parameter(name).assign(value if value.dtype == np.float32 else value.view(ml_dtypes.bfloat16))
+            network.parameter(name).assign(value if value.dtype == np.float32 else value.view(DTYPES["bfloat16"]))
     (folder / _PARAMETERS).unlink()
     return network, config["network"]
 
