@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from aether.errors import InputError
 from aether.export.run import export_run
-from aether.export.targets import TARGETS
+from aether.export.targets import TARGETS, target_of
 from aether.testing import NETWORKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -81,6 +82,13 @@ def test_on_pytorch_by_the_lines_of_the_card(written, tmp_path):
     for name in ON_TORCH:
         got = np.load(tmp_path / name / "logits.npy")
         np.testing.assert_allclose(got, wanted[name], rtol=0, atol=3e-5 * np.abs(wanted[name]).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("target", ["keras", "tf"])
+def test_a_missing_package_is_named_with_its_extra(target, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=rf'--to={target} needs .*keras: pip install -e "\.\[{target}\]"'):
+        target_of(target)
 
 
 @pytest.mark.parametrize("kind", RUNS)
