@@ -86,7 +86,7 @@ class Network(keras.Model):
         """Layers of `text`."""
         self.embed = embedding(p, "embed")
         self.make_transformer(p, f)
-        self.head = dense(p, "head") if f["head"] == "untied" else None
+        self.head: Any = dense(p, "head") if f["head"] == "untied" else None
         self.vocab, self.head_scale = f["vocab"], f["head_scale"]
 
     def text(self, tokens: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Attention(Part):
         f = p.facts
         self.kind, self.heads, self.spherical, self.causal = f["attention"], f["heads"], f["spherical"], f.get("causal")
         self.theta = f["rope_theta"] if f["position"] == "rotary" else None
-        self.kernel_bias, self.kernel_epsilon = f.get("kernel_bias"), f.get("kernel_epsilon")
+        self.kernel_bias, self.kernel_epsilon = f.get("kernel_bias", 0.0), f.get("kernel_epsilon", 0.0)
         self.query, self.key = dense(p, f"{name}.query"), dense(p, f"{name}.key")
         self.value, self.out = dense(p, f"{name}.value"), dense(p, f"{name}.out")
 
