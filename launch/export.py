@@ -13,7 +13,7 @@ from launch import cli
 FLAGS = cli.new_flags()
 flags.DEFINE_string("workdir", "", "folder of the run", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "checkpoint to load (none: the last)", flag_values=FLAGS, lower_bound=0)
-flags.DEFINE_string("to", "", "framework: npz", flag_values=FLAGS)
+flags.DEFINE_string("to", "", "framework: npz, keras, tf", flag_values=FLAGS)
 flags.DEFINE_string("out", "", "new folder of the export", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the parameters that are written", flag_values=FLAGS)
 flags.DEFINE_string(

@@ -78,8 +78,10 @@ def export_run(
             work.mkdir()
             made.mkdir()
             facts, record = _write(load_run(workdir, step), to, made, work, dtype, data, licence, log)
+            if to.finish is not None:
+                _child("finish", to, target, made)
             log(f"{target} on the same")
-            _replay(to, target, made, work)
+            _child("replay", to, target, made, work)
             parity = compare(_pairs(work))
             (made / PARITY).write_text(json.dumps(parity.record(), indent=2) + "\n", encoding="utf-8")
             notes = (made / NOTES).read_text(encoding="utf-8") if (made / NOTES).exists() else ""
@@ -178,9 +180,9 @@ def _batches(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[k : k + ROWS] for k in range(0, len(rows), ROWS)]
 
 
-def _replay(to: Target, target: str, made: Path, work: Path) -> None:
-    """Run the export on the inputs, in a process that sees its files alone."""
-    command = [sys.executable, "-m", "aether.export.replay", target, str(made), str(work)]
+def _child(module: str, to: Target, target: str, *folders: Path) -> None:
+    """Run a part of an export in a process that sees its files alone."""
+    command = [sys.executable, "-m", f"aether.export.{module}", target, *map(str, folders)]
     done = subprocess.run(command, env=os.environ | to.environment, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or "it said nothing").splitlines()[-1]

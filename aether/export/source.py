@@ -36,6 +36,7 @@ class Source:
 NOTES = "NOTES.md"  # what a target has to say of the files that it wrote; the card repeats it
 
 Write = Callable[[Source, Path], None]
+Finish = Callable[[Path], None]
 Replay = Callable[[Path, Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
@@ -48,9 +49,11 @@ class Target:
       write: write(source, folder) leaves the files, the reference network among them.
       replay: replay(folder, batches) yields the float32 logits of each batch of inputs, computed from the files alone;
         it runs in a process of its own.
+      finish: finish(folder), if any, writes what only a framework can that must not be imported beside Aether; it runs
+        in a process of its own, after `write`.
       packages: what must be importable.
       extra: of pyproject.toml, which brings them.
-      environment: of that process.
+      environment: of those processes.
       use: lines of Python that a person may copy, for the model card.
       read: read(folder) returns the parameters by Aether's names, as they were given to `write`, or None where the
         folder is of another target; None for targets that cannot be read back.
@@ -60,6 +63,7 @@ class Target:
     write: Write
     replay: Replay
     use: str
+    finish: Finish | None = None
     packages: tuple[str, ...] = ()
     extra: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -4,16 +4,18 @@ import importlib.util
 from pathlib import Path
 
 from aether.errors import InputError
-from aether.export import gpt2, hf, npz, onnx, torch
+from aether.export import gpt2, hf, keras, npz, onnx, tf, torch
 from aether.export.bundle import Parameters
 from aether.export.source import Target
 
 TARGETS: dict[str, Target] = {
-    "npz": npz.TARGET,
-    "torch": torch.TARGET,
     "hf": hf.TARGET,
-    "gpt2": gpt2.TARGET,
+    "torch": torch.TARGET,
+    "keras": keras.TARGET,
+    "tf": tf.TARGET,
     "onnx": onnx.TARGET,
+    "gpt2": gpt2.TARGET,
+    "npz": npz.TARGET,
 }
 
 

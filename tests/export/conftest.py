@@ -20,14 +20,19 @@ from aether.train.loop import train
 
 
 @functools.cache
-def _aether(name, dtype):
-    """Return inputs and Aether's logits: compiled once, however many targets are compared with them."""
+def _forward(name, dtype):
+    """Return Aether's logits as a function of inputs: compiled once, however many targets are compared with them."""
     config = network_config(name)
     graph, state = drawn_state(config)
-    x = inputs_of(config)
     rounded = jax.tree.map(lambda a: a.astype(DTYPES[dtype]).astype(jnp.float32), state)
-    forward = jax.jit(lambda state, x: network(config, nnx.merge(graph, state), x))
-    return x, np.asarray(forward(rounded, x))
+    compiled = jax.jit(lambda state, x: network(config, nnx.merge(graph, state), x))
+    return lambda x: np.asarray(compiled(rounded, x))
+
+
+@pytest.fixture(scope="session")
+def aether():
+    """Return aether(name, dtype) -> the logits of a network of `written` as a function of inputs."""
+    return lambda name, dtype="float32": _forward(name, dtype)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +61,10 @@ def exported(written):
 
     def export(name, target, dtype="float32"):
         folder = written(name, target, dtype)
-        x, wanted = _aether(name, dtype)
+        if TARGETS[target].finish is not None:
+            TARGETS[target].finish(folder)
+        x = inputs_of(network_config(name))
+        wanted = _forward(name, dtype)(x)
         (got,) = TARGETS[target].replay(folder, [x])
         return folder, x, wanted, got
 
@@ -74,6 +82,17 @@ def _source(config, state, dtype):
     return Source(
         facts, parameters, dtype, None, Labels(names, Pictures(len(names), i.size, i.channels, i.mean, i.std)), record
     )
+
+
+@pytest.fixture
+def source_of():
+    """Return source(name) of one of the same networks, as targets are written from."""
+
+    def source(name):
+        config = network_config(name)
+        return _source(config, drawn_state(config)[1], "float32")
+
+    return source
 
 
 @pytest.fixture(scope="session")
