@@ -6,6 +6,7 @@ that pad a vocabulary are gone, a tied head has no array, and beside the `anchor
 `whitening`, L⁻¹ of their Gram matrix, always in float32.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,12 @@ def facts_of(config: Config) -> dict[str, Any]:
         return facts | dict(classes=m.classes, image_size=i.size, channels=i.channels, mean=i.mean, std=i.std)
     scale = USUAL_STD / m.embed_std if m.head == "tied" else 1.0
     return facts | dict(vocab=m.vocab, context=config.data.context, causal=m.task == "lm", head_scale=scale)
+
+
+def portable(config: Config) -> Config:
+    """Return the config of the same network in float32, in the forms that every platform and length takes."""
+    free: dict[str, Any] = dict(dtype="float32", attention_impl="plain", scan_layers=False, remat="none")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **free))
 
 
 def parameters_of(config: Config, state: nnx.State, dtype: str = "float32") -> Parameters:

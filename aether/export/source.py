@@ -10,6 +10,7 @@ import numpy as np
 from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer
 from aether.export.bundle import Parameters
+from aether.export.parity import Pairs, Verdict, compare_logits
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Source:
 
 
 Write = Callable[[Source, Path], None]
+Ours = Callable[[Source, list[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
 Replay = Callable[[Path, Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
@@ -49,6 +51,9 @@ class Target:
       packages: what must be importable.
       extra: of pyproject.toml, which brings them.
       environment: of that process.
+      ours: ours(source, batches) yields what `replay` is given and what it should yield, where that is not the inputs
+        and Aether's logits.
+      compare: compare(folder, pairs of ours and theirs) judges them.
       use: lines of Python that a person may copy, for the model card.
     """
 
@@ -59,3 +64,5 @@ class Target:
     packages: tuple[str, ...] = ()
     extra: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    ours: Ours | None = None
+    compare: Callable[[Path, Pairs], Verdict] = compare_logits

@@ -5,7 +5,6 @@ holds whole score matrices: kernels are for one platform each, and blockwise att
 no loop over the network's blocks, which would first have to copy their parameters into one array.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from flax import nnx
 from jax import Array, export
 
 from aether.config import Config, build
-from aether.export.bundle import state_of
+from aether.export.bundle import portable, state_of
 from aether.export.npz import write_parameters
 from aether.export.source import Source, Target
 from aether.models import describe_model
@@ -32,7 +31,7 @@ def write(source: Source, folder: Path) -> None:
     """Write parameters and programs, and how to run them."""
     write_parameters(source, folder)
     shutil.copy(_PROGRAMS, folder / _PROGRAMS.name)
-    config = _portable(build(source.record["config"]))
+    config = portable(build(source.record["config"]))
     parameters = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in source.parameters.items()}
     programs = [forward_program(config, parameters)]
     if config.model.task == "lm":
@@ -86,12 +85,6 @@ def decode_program(config: Config, parameters: dict[str, Any]) -> export.Exporte
     return _exported(decode, parameters, jax.ShapeDtypeStruct((b, t), jnp.int32), cache)
 
 
-def _portable(config: Config) -> Config:
-    """Return the config of the same network in float32 and in the forms that every platform and length takes."""
-    free = dict(dtype="float32", attention_impl="plain", scan_layers=False, remat="none")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **free))
-
-
 def _builder(config: Config) -> Any:
     """Return network(parameters by name), to be called where they are traced."""
     graph, *shapes = describe_model(config)
@@ -100,7 +93,7 @@ def _builder(config: Config) -> Any:
 
 
 def _rows_and_positions(config: Config) -> tuple[Any, ...]:
-    return export.symbolic_shape("b, t", constraints=[f"t <= {config.data.context}"])
+    return tuple(export.symbolic_shape("b, t", constraints=[f"t <= {config.data.context}"]))
 
 
 def _exported(program: Any, *args: Any) -> export.Exported:

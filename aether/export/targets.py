@@ -3,10 +3,15 @@
 import importlib.util
 
 from aether.errors import InputError
-from aether.export import linen, npz, stablehlo
+from aether.export import linen, nmn, npz, stablehlo
 from aether.export.source import Target
 
-TARGETS: dict[str, Target] = {"linen": linen.TARGET, "npz": npz.TARGET, "stablehlo": stablehlo.TARGET}
+TARGETS: dict[str, Target] = {
+    "linen": linen.TARGET,
+    "nmn": nmn.TARGET,
+    "npz": npz.TARGET,
+    "stablehlo": stablehlo.TARGET,
+}
 
 
 def target_of(name: str) -> Target:
