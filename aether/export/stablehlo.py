@@ -106,5 +106,7 @@ TARGET = Target(
     write,
     replay,
     use='from stablehlo_model import load\n\nnetwork = load(".")\nlogits = network(inputs)',
+    packages=("flatbuffers",),
+    extra="stablehlo",
     environment={"JAX_PLATFORMS": "cpu"},
 )

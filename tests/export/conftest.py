@@ -52,6 +52,17 @@ def _source(config, state, dtype):
     )
 
 
+@pytest.fixture
+def source_of():
+    """Return source(name) of one of the same networks, as targets are written from."""
+
+    def source(name):
+        config = network_config(name)
+        return _source(config, drawn_state(config)[1], "float32")
+
+    return source
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """Return trained(kind) -> the folder of a run of 30 steps, made once: tiny, but it has learned something."""

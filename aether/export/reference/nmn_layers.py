@@ -5,7 +5,8 @@ layers = load(".", "torch")                                  # the same by nmn.t
 
 layers.json says how nmn's constructors are called; nnx.npz and torch.npz are the states, by the names that these have.
 A layer's `parts` are nmn's own modules, one but for attention: nmn has one α and one ε for all heads, so that each head
-is a layer of its own, and their results are added. nmn.nnx computes in float64 where JAX_ENABLE_X64=1 is set.
+is a layer of its own, and their results are added. nmn.nnx computes in float64 where JAX_ENABLE_X64=1 is set, but for
+its YatNMN (0.3.5), which is float32 whatever it is told.
 """
 
 import json
@@ -54,9 +55,10 @@ def of_torch(name: str, options: dict[str, Any], state: dict[str, Array], dtype:
     import nmn.torch
     import torch
 
-    layer = getattr(nmn.torch, name)(**options)
-    layer.load_state_dict({k: torch.tensor(a) for k, a in state.items()})
-    return layer.to(getattr(torch, dtype)).eval()
+    wide = getattr(torch, dtype)
+    layer = getattr(nmn.torch, name)(**options, dtype=wide, param_dtype=wide)
+    layer.load_state_dict({k: torch.tensor(a, dtype=wide) for k, a in state.items()})
+    return layer.eval()
 
 
 class Layer:

@@ -1,11 +1,12 @@
-"""A network that Aether trained, as compiled for any machine: how to run it. Needs this folder, jax and numpy.
+"""A network that Aether trained, for any machine: how to run it. Needs this folder, jax, flatbuffers and numpy.
 
 network = load("."); logits = network(tokens)      # (b, t) ids -> (b, t, vocab)
 network = load("."); logits = network(images)      # (b, h, w, channels), (pixels/255 - mean)/std -> (b, classes)
 ids = network.generate(tokens, 20)                 # of a language model: the likeliest, token by token
 
 forward.bin and decode.bin hold StableHLO as jax.export writes it, for CPUs, NVIDIA GPUs and TPUs: programs, and nothing
-that is run by Python. The parameters are their first argument, in the dtype of the file; they compute in float32.
+that is run by Python. The parameters are their first argument, in the dtype of the file; they compute in float32. JAX
+promises to read what it has exported for six months.
 """
 
 import json
