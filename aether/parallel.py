@@ -278,7 +278,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 def activation(x: jax.Array) -> jax.Array:
     """Lay (b, t, d) out as the residual stream: rows over data and fsdp, positions over sequence."""
-    return constrain(x, ROWS, "sequence" if x.shape[1] > 1 else None, None)
+    return constrain(x, ROWS, "sequence" if x.shape[1] != 1 else None, None)
 
 
 def looked_up(table: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:

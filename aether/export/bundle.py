@@ -6,6 +6,7 @@ that pad a vocabulary are gone, a tied head has no array, and beside the `anchor
 `whitening`, L⁻¹ of their Gram matrix, always in float32.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +55,12 @@ def facts_of(config: Config) -> dict[str, Any]:
     return facts | dict(vocab=m.vocab, context=config.data.context, causal=m.task == "lm", head_scale=scale)
 
 
+def portable(config: Config) -> Config:
+    """Return the config of the same network in float32, in the forms that every platform and length takes."""
+    free: dict[str, Any] = dict(dtype="float32", attention_impl="plain", scan_layers=False, remat="none")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **free))
+
+
 def parameters_of(config: Config, state: nnx.State, dtype: str = "float32") -> Parameters:
     """Return the parameters of a network by name, in `dtype`; views of those of `state` where they can be.
 
@@ -71,8 +78,10 @@ def parameters_of(config: Config, state: nnx.State, dtype: str = "float32") -> P
     return found
 
 
-def state_of(config: Config, like: nnx.State, parameters: Mapping[str, np.ndarray]) -> nnx.State:
+def state_of(config: Config, like: nnx.State, parameters: Mapping[str, Any], xp: Any = np) -> nnx.State:
     """Return the state of which these are the parameters, float32 on the host, in the form of `like`.
+
+    With `xp` = jax.numpy it can be traced.
 
     Raises:
       InputError: one is missing, is not of the network, or has another shape.
@@ -84,14 +93,14 @@ def state_of(config: Config, like: nnx.State, parameters: Mapping[str, np.ndarra
             want = there.trimmed(name, take(np.broadcast_to(np.float32(0), variable.shape))).shape
             if name not in parameters:
                 raise InputError(f"The export has no array {name}, which this network has; use the files it came with.")
-            part = np.asarray(parameters[name], np.float32)
+            part = xp.asarray(parameters[name], np.float32)
             if part.shape != want:
                 raise InputError(f"The export has {name} as {part.shape}, and this network as {want}.")
             used.add(name)
             parts.append(part)
-        whole = np.stack(parts) if there.stacked(path) else parts[0]
+        whole = xp.stack(parts) if there.stacked(path) else parts[0]
         after = [(0, size - n) for size, n in zip(variable.shape, whole.shape, strict=True)]
-        flat.append((path, variable.replace(np.pad(whole, after))))
+        flat.append((path, variable.replace(xp.pad(whole, after))))
     extra = sorted(name for name in parameters.keys() - used if not name.endswith(".whitening"))
     if extra:
         raise InputError(f"The export has an array {extra[0]}, which this network has not; use the files it came with.")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aether.evaluate.load import Run
-from aether.export.parity import Parity
+from aether.export.parity import Verdict
 from aether.export.source import Target
 from aether.workdir import Workdir
 
@@ -44,7 +44,7 @@ def _results(folder: Workdir, step: int) -> dict[str, dict[str, Any]]:
 
 
 def card_of(
-    facts: dict[str, Any], record: dict[str, Any], to: Target, target: str, parity: Parity, notes: str = ""
+    facts: dict[str, Any], record: dict[str, Any], to: Target, target: str, parity: Verdict, notes: str = ""
 ) -> str:
     """Return README.md: front matter as model hubs read it, then what a person wants to know."""
     model, data = record["config"]["model"], record["config"]["data"]
@@ -76,26 +76,18 @@ def card_of(
     lines += ["", "## Results", ""]
     scores = [(name, k, f"{v:.4g}") for name, found in record["results"].items() for k, v in _numbers(found)]
     lines += _table(("data", "score", ""), scores) if scores else ["The run was not evaluated."]
+    what, rows = parity.checked()
     lines += [
         "",
         "## Checked",
         "",
-        f"Aether and this export on the same {parity.inputs} inputs ({parity.predictions:,} predictions), both in "
-        "float32 on a CPU (`parity.json`):",
+        what,
         "",
-        *_table(
-            ("", "measured", "allowed"),
-            [
-                ("largest difference of two logits", f"{parity.max_logit_difference:.2e}", f"{parity.bound:.0e}"),
-                ("likeliest guesses that agree", f"{parity.top1_agreement:.2%}", "100%"),
-                ("largest KL divergence", f"{parity.max_kl:.2e} nats", ""),
-            ],
-        ),
+        *_table(("", "measured", "allowed"), rows),
         "",
         "## Use",
         "",
-        _input(facts),
-        "",
+        *((_input(facts), "") if "inputs" in to.use else ()),
         "```python",
         to.use,
         "```",

@@ -15,10 +15,15 @@ from aether.export.source import Source, Target
 
 
 def write(source: Source, folder: Path) -> None:
+    """Write parameters and network."""
+    write_parameters(source, folder)
+    shutil.copy(numpy_model.__file__, folder / "numpy_model.py")
+
+
+def write_parameters(source: Source, folder: Path) -> None:
     """Write parameters.npz; bfloat16, for which NumPy has no name, as the upper halves of float32 numbers, uint16."""
     plain: dict[str, Any] = {k: v if v.dtype == np.float32 else v.view(np.uint16) for k, v in source.parameters.items()}
     np.savez(folder / "parameters.npz", **plain)
-    shutil.copy(numpy_model.__file__, folder / "numpy_model.py")
 
 
 def replay(folder: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

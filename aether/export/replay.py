@@ -16,7 +16,7 @@ def main(target: str, folder: str, work: str) -> None:
     files = sorted(Path(work).glob("inputs-*.npy"))
     batches = (np.load(file, allow_pickle=False) for file in files)
     for file, logits in zip(files, TARGETS[target].replay(Path(folder), batches), strict=True):
-        np.save(file.with_name(file.name.replace("inputs", "logits")), np.asarray(logits, np.float32))
+        np.save(file.with_name(file.name.replace("inputs", "logits")), np.asarray(logits))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from aether.evaluate.load import Run, load_run
 from aether.evaluate.run import validation_examples
 from aether.export.bundle import DTYPES, facts_of, parameters_of
 from aether.export.card import card_of, record_of
-from aether.export.parity import Parity, compare
+from aether.export.parity import Verdict
 from aether.export.source import NOTES, Source, Target
 from aether.export.targets import target_of
 from aether.models import describe_model
@@ -47,7 +47,7 @@ def export_run(
     data: str | None = None,
     licence: str = "unknown",
     log: Callable[[str], None] = print,
-) -> Parity:
+) -> Verdict:
     """Write a checkpoint for another framework, run it there, and compare it with Aether; return how near it is.
 
     The folder appears when all is done. Where the logits differ by more than `parity.BOUND`, it is left to be looked
@@ -82,25 +82,17 @@ def export_run(
                 _child("finish", to, target, made)
             log(f"{target} on the same")
             _child("replay", to, target, made, work)
-            parity = compare(_pairs(work))
+            parity = to.compare(made, _pairs(work))
             (made / PARITY).write_text(json.dumps(parity.record(), indent=2) + "\n", encoding="utf-8")
             notes = (made / NOTES).read_text(encoding="utf-8") if (made / NOTES).exists() else ""
             (made / CARD).write_text(card_of(facts, record, to, target, parity, notes), encoding="utf-8")
             if not parity.holds:
-                (made / UNVERIFIED).write_text(_verdict(target, parity) + "\n", encoding="utf-8")
+                (made / UNVERIFIED).write_text(parity.verdict(target) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     if not parity.holds:
-        raise CheckError(f"{_verdict(target, parity)} The files in {out} are marked {UNVERIFIED}.")
+        raise CheckError(f"{parity.verdict(target)} The files in {out} are marked {UNVERIFIED}.")
     return parity
-
-
-def _verdict(target: str, parity: Parity) -> str:
-    return (
-        f"The {target} export is not the network that Aether has: logits differ by up to "
-        f"{parity.max_logit_difference:.1e}, of {parity.bound:.0e} allowed, and {parity.top1_agreement:.2%} of the "
-        f"likeliest guesses agree, of 100% asked for."
-    )
 
 
 def _write(
@@ -114,12 +106,17 @@ def _write(
     source = Source(facts, parameters, dtype, run.tokenizer, run.labels, record)
     write_files(source, to, made)
     log(f"Aether on {sum(len(b) for b in batches)} inputs")
+    pairs = to.ours(source, batches) if to.ours else _logits(run, dtype, batches)
     del source, parameters
-    forward = _forward(run, dtype)
-    for k, batch in enumerate(batches):
-        np.save(work / f"inputs-{k:03}.npy", batch)
-        np.save(work / f"ours-{k:03}.npy", forward(batch))
+    for k, (inputs, outputs) in enumerate(pairs):
+        np.save(work / f"inputs-{k:03}.npy", inputs)
+        np.save(work / f"ours-{k:03}.npy", outputs)
     return facts, record
+
+
+def _logits(run: Run, dtype: str, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    forward = _forward(run, dtype)
+    return ((batch, forward(batch)) for batch in batches)
 
 
 def write_files(source: Source, to: Target, folder: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer
 from aether.export.bundle import Parameters
+from aether.export.parity import Pairs, Verdict, compare_logits
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ NOTES = "NOTES.md"  # what a target has to say of the files that it wrote; the c
 
 Write = Callable[[Source, Path], None]
 Finish = Callable[[Path], None]
+Ours = Callable[[Source, list[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
 Replay = Callable[[Path, Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
@@ -54,6 +56,9 @@ class Target:
       packages: what must be importable.
       extra: of pyproject.toml, which brings them.
       environment: of those processes.
+      ours: ours(source, batches) yields what `replay` is given and what it should yield, where that is not the inputs
+        and Aether's logits.
+      compare: compare(folder, pairs of ours and theirs) judges them.
       use: lines of Python that a person may copy, for the model card.
       read: read(folder) returns the parameters by Aether's names, as they were given to `write`, or None where the
         folder is of another target; None for targets that cannot be read back.
@@ -68,3 +73,5 @@ class Target:
     extra: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[Path], Parameters | None] | None = None
+    ours: Ours | None = None
+    compare: Callable[[Path, Pairs], Verdict] = compare_logits

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from aether.errors import InputError
-from aether.export import gpt2, hf, keras, npz, onnx, tf, torch
+from aether.export import gpt2, hf, keras, linen, nmn, npz, onnx, stablehlo, tf, torch
 from aether.export.bundle import Parameters
 from aether.export.source import Target
 
@@ -13,8 +13,11 @@ TARGETS: dict[str, Target] = {
     "torch": torch.TARGET,
     "keras": keras.TARGET,
     "tf": tf.TARGET,
+    "linen": linen.TARGET,
     "onnx": onnx.TARGET,
+    "stablehlo": stablehlo.TARGET,
     "gpt2": gpt2.TARGET,
+    "nmn": nmn.TARGET,
     "npz": npz.TARGET,
 }
 

@@ -63,7 +63,7 @@ def attention(
     mask = (mask or Mask()).checked(b, g, h // g, t, s)
     q = q.reshape(b, t, g, h // g, -1).transpose(0, 2, 3, 1, 4)
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
-    if t > 1 and impl in ("flash", "auto"):
+    if impl in ("flash", "auto") and t > 1:
         missing = flash.unsupported(q, k, v, score, mask, normalization)
         if missing and impl == "flash":
             raise ValueError(f'impl is "flash". {missing} Take impl="auto", or "blockwise".')

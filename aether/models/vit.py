@@ -66,7 +66,7 @@ class ViT(nnx.Module):
         with jax.named_scope("embed"):
             x = self.patches(cut(images, c.patch)).astype(jnp.float32)
             if self.token is not None:
-                x = jnp.concatenate([jnp.broadcast_to(self.token.embedding[...], (len(x), 1, c.width)), x], 1)
+                x = jnp.concatenate([jnp.broadcast_to(self.token.embedding[...], (x.shape[0], 1, c.width)), x], 1)
             if self.position is not None:
                 x = x + self.position.embedding[...]
         x, _ = through(self.blocks, c, activation(x), key=key)
