@@ -36,17 +36,15 @@ def load(folder: str, framework: str = "nnx", dtype: str = "float64") -> dict[st
 
 def of_nnx(name: str, options: dict[str, Any], state: dict[str, Array], dtype: str) -> Any:
     """Return a layer of nmn.nnx with a state."""
-    import jax
     import jax.numpy as jnp
     import nmn.nnx
-    from flax import nnx, traverse_util
+    from flax import nnx
 
     options = {k: tuple(map(tuple, v)) if k == "padding" else v for k, v in options.items()}
     layer = getattr(nmn.nnx, name)(**options, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    there = nnx.state(layer)
-    nested = traverse_util.unflatten_dict({k: jnp.asarray(a, dtype) for k, a in state.items()}, sep=".")
-    nnx.replace_by_pure_dict(there, jax.tree.map(jnp.asarray, nested))
-    nnx.update(layer, there)
+    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(layer))}
+    found = [(flat[key][0], flat[key][1].replace(jnp.asarray(a, dtype))) for key, a in state.items()]
+    nnx.update(layer, nnx.from_flat_state(found))
     return layer
 
 
