@@ -13,7 +13,10 @@ from launch import cli
 FLAGS = cli.new_flags()
 flags.DEFINE_string("workdir", "", "folder of the run", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "checkpoint to load (none: the last)", flag_values=FLAGS, lower_bound=0)
-flags.DEFINE_string("to", "", "framework: npz, keras, tf", flag_values=FLAGS)
+cli.define_average(FLAGS)
+flags.DEFINE_string(
+    "to", "", "framework: hf, torch, keras, tf, linen, onnx, stablehlo, gpt2, nmn, npz", flag_values=FLAGS
+)
 flags.DEFINE_string("out", "", "new folder of the export", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the parameters that are written", flag_values=FLAGS)
 flags.DEFINE_string(
@@ -31,7 +34,7 @@ def main(args: flags.FlagValues) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    how = dict(step=args.step, dtype=args.dtype, data=args.data or None, licence=args.license)
+    how = dict(step=args.step, average=args.average, dtype=args.dtype, data=args.data or None, licence=args.license)
     print(json.dumps(export_run(workdir, target, out, **how, log=say).record()), flush=True)
 
 

@@ -51,8 +51,8 @@ def facts_of(config: Config) -> dict[str, Any]:
     if m.task == "classify":
         i = config.image
         return facts | dict(classes=m.classes, image_size=i.size, channels=i.channels, mean=i.mean, std=i.std)
-    scale = USUAL_STD / m.embed_std if m.head == "tied" else 1.0
-    return facts | dict(vocab=m.vocab, context=config.data.context, causal=m.task == "lm", head_scale=scale)
+    scale = m.embed_std / USUAL_STD if m.head == "tied" else 1.0  # see aether.models.text
+    return facts | dict(vocab=m.vocab, context=config.data.context, causal=m.task == "lm", embed_scale=scale)
 
 
 def portable(config: Config) -> Config:

@@ -24,6 +24,7 @@ def record_of(run: Run, dtype: str, parameters: int, licence: str) -> dict[str, 
     return dict(
         config=run.config.to_json(),
         step=run.step,
+        average=run.average,
         dtype=dtype,
         license=licence,
         parameters=parameters,
@@ -40,6 +41,9 @@ def _results(folder: Workdir, step: int) -> dict[str, dict[str, Any]]:
         scores = json.loads(line)
         if scores["split"] != "train" and scores["step"] <= step:
             found[scores["split"]] = {k: v for k, v in scores.items() if k != "split"}
+    for file in sorted((folder.local / "evaluation").glob(f"*-{step}.json")):  # of tasks
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        found[file.stem.removesuffix(f"-{step}")] = {k: v for k, v in scores.items() if not k.endswith("_stderr")}
     return found
 
 

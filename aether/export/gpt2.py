@@ -49,17 +49,12 @@ def write(source: Source, folder: Path) -> None:
     if f["family"] != "gpt" or others:
         what = ", ".join(others) or f"model.kind={f['kind']}"
         raise InputError(f"--to=gpt2 is for networks of GPT-2's parts, and this one has {what}; use --to=hf.")
-    if f["head_scale"] != 1.0 and source.dtype != "float32":
+    if f["embed_scale"] != 1.0:
         raise InputError(
-            f"--to=gpt2 takes the scale of the head, {f['head_scale']:.6g}, into the last norm, which {source.dtype} "
-            "would round; use --dtype=float32, or --to=hf."
+            f"--to=gpt2 has no place for the scale of embeddings, {f['embed_scale']:.6g}, which model.embed_std has "
+            "given this network; use --to=hf."
         )
-    parameters = source.parameters
-    if f["head_scale"] != 1.0:
-        last = ("norm.scale", "norm.bias")
-        parameters = parameters | {name: parameters[name] * np.float32(f["head_scale"]) for name in last}
-    f = f | dict(head_scale=1.0)
-    write_tensors(folder / WEIGHTS, _to_gpt2(parameters, f["layers"]))
+    write_tensors(folder / WEIGHTS, _to_gpt2(source.parameters, f["layers"]))
     config = _config(source) | dict(network=f, aether=source.record)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if source.tokenizer is not None:
@@ -152,7 +147,20 @@ def _facts(config: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
     hidden = parameters["blocks.0.mlp.hidden.kernel"].shape[1]
     facts = dict(format=FORMAT, family="gpt", kind="gpt2", norm_epsilon=config["layer_norm_epsilon"])
     facts |= dict(layers=config["n_layer"], heads=config["n_head"], width=width, hidden=hidden, vocab=vocab)
-    return facts | _PARTS | dict(context=context, causal=True, head_scale=1.0)
+    return facts | _PARTS | dict(context=context, causal=True, embed_scale=1.0)
+
+
+def read(folder: Path) -> Parameters | None:
+    """Return the parameters of a folder of GPT-2's own layout; None of another."""
+    return parameters_from_gpt2(folder)[1] if is_gpt2(folder) else None
+
+
+def is_gpt2(folder: Path) -> bool:
+    """Say whether a folder holds a GPT2LMHeadModel, exported or not."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt2"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def replay(folder: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -178,4 +186,5 @@ TARGET = Target(
     packages=("torch", "safetensors", "transformers", "tokenizers"),
     extra="hf",
     environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    read=read,
 )

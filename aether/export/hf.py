@@ -84,6 +84,11 @@ def parameters_from_hf(folder: Path) -> Parameters:
     return from_torch(read_tensors(folder / WEIGHTS), _PREFIX)
 
 
+def read(folder: Path) -> Parameters | None:
+    """Return the parameters of an export to `hf`; None of another folder."""
+    return parameters_from_hf(folder) if (folder / "modeling_aether.py").exists() else None
+
+
 def load(folder: Path) -> Any:
     """Return the model that transformers makes of a folder, by the folder's own code."""
     import transformers
@@ -115,4 +120,5 @@ TARGET = Target(
     packages=("torch", "safetensors", "transformers", "tokenizers"),
     extra="hf",
     environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    read=read,
 )

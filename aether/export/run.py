@@ -43,6 +43,7 @@ def export_run(
     out: str,
     *,
     step: int | None = None,
+    average: str = "auto",
     dtype: str = "float32",
     data: str | None = None,
     licence: str = "unknown",
@@ -58,6 +59,7 @@ def export_run(
       target: a name in `aether.export.targets.TARGETS`.
       out: a folder that is not there yet, or is empty.
       step: of the checkpoint; the last by default.
+      average: which parameters, see `aether.evaluate.load.load_run`.
       dtype: of what is written, float32 or bfloat16; both sides then compute in float32 with the rounded parameters.
       data: what they are compared on, as in `aether.evaluate.run.evaluate_run`.
       licence: for the card, as model hubs name it.
@@ -77,7 +79,7 @@ def export_run(
             work, made = Path(scratch) / "work", Path(scratch) / "export"
             work.mkdir()
             made.mkdir()
-            facts, record = _write(load_run(workdir, step), to, made, work, dtype, data, licence, log)
+            facts, record = _write(load_run(workdir, step, average=average), to, made, work, dtype, data, licence, log)
             if to.finish is not None:
                 _child("finish", to, target, made)
             log(f"{target} on the same")

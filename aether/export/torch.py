@@ -52,6 +52,11 @@ def parameters_from_torch(folder: Path) -> Parameters:
     return from_torch(read_tensors(folder / WEIGHTS))
 
 
+def read(folder: Path) -> Parameters | None:
+    """Return the parameters of an export to `torch`; None of another folder."""
+    return parameters_from_torch(folder) if (folder / "torch_model.py").exists() else None
+
+
 def write(source: Source, folder: Path) -> None:
     """Write model.safetensors and torch_model.py."""
     write_tensors(folder / WEIGHTS, to_torch(source.parameters))
@@ -87,4 +92,5 @@ TARGET = Target(
     ),
     packages=("torch", "safetensors"),
     extra="torch",
+    read=read,
 )

@@ -11,11 +11,11 @@ from flax import nnx
 from aether.config import build
 from aether.errors import InputError
 from aether.export.bundle import facts_of, parameters_of, state_of
-from aether.export.gpt2 import parameters_from_gpt2, replay, write
+from aether.export.gpt2 import parameters_from_gpt2, write
 from aether.export.run import network
 from aether.export.source import Source
 from aether.models import describe_model
-from aether.testing import VOCAB, drawn_state, inputs_of, network_config
+from aether.testing import VOCAB, drawn_state, network_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -70,16 +70,11 @@ def test_aether_computes_what_transformers_made(theirs):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max())
 
 
-def test_the_scale_of_a_head_goes_into_the_norm(tmp_path, written):
+def test_scaled_embeddings_are_refused(tmp_path):
     config = network_config("gpt2")
-    parameters, facts = parameters_of(config, drawn_state(config)[1]), facts_of(config) | dict(head_scale=0.3)
-    write(Source(facts, parameters, "float32", None, None, {}), tmp_path)
-    ids = inputs_of(config)
-    (got,), (wanted,) = replay(tmp_path, [ids]), replay(written("gpt2", "gpt2"), [ids])
-    np.testing.assert_allclose(got, 0.3 * wanted, rtol=0, atol=3e-5 * np.abs(got).max())
-    assert json.loads((tmp_path / "config.json").read_text())["network"]["head_scale"] == 1.0
-    with pytest.raises(InputError, match="head, 0.3, .* bfloat16 would round"):
-        write(Source(facts, parameters, "bfloat16", None, None, {}), tmp_path)
+    parameters, facts = parameters_of(config, drawn_state(config)[1]), facts_of(config) | dict(embed_scale=2.5)
+    with pytest.raises(InputError, match="scale of embeddings, 2.5, .* use --to=hf"):
+        write(Source(facts, parameters, "float32", None, None, {}), tmp_path)
 
 
 def _changed(folder, to, **config):

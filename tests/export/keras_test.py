@@ -11,7 +11,7 @@ import pytest
 from aether.errors import InputError
 from aether.export.run import export_run
 from aether.export.targets import TARGETS, target_of
-from aether.testing import NETWORKS
+from aether.testing import NETWORKS, inputs_of, network_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 ON_TORCH = ["gpt2", "minibert_linear", "aether_vit", "aether_resnet_deep", "resnet_deep"]

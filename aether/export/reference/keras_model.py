@@ -87,17 +87,17 @@ class Network(keras.Model):
         self.embed = embedding(p, "embed")
         self.make_transformer(p, f)
         self.head: Any = dense(p, "head") if f["head"] == "untied" else None
-        self.vocab, self.head_scale = f["vocab"], f["head_scale"]
+        self.vocab, self.embed_scale = f["vocab"], f["embed_scale"]
 
     def text(self, tokens: Tensor) -> Tensor:
         """(b, t) ids -> (b, t, vocab)."""
-        x = self.embed(tokens)
+        x = self.embed(tokens) * self.embed_scale
         if self.position is not None:
             x = x + self.position.embeddings[: ops.shape(tokens)[1]]
         x = self.transformer(x)
         if self.head is not None:
             return self.head(x)
-        return ops.matmul(x, ops.transpose(self.embed.embeddings[: self.vocab])) * self.head_scale
+        return ops.matmul(x, ops.transpose(self.embed.embeddings[: self.vocab]))
 
     def make_vit(self, p: Plan, f: dict) -> None:
         """Layers of `vit`."""

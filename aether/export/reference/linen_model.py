@@ -59,13 +59,13 @@ class Text(nn.Module):
         """Return logits."""
         f = self.f
         embed = nn.Embed(f["vocab"] + (not f["causal"]), f["width"], name="embed")
-        x = embed(tokens)
+        x = embed(tokens) * f["embed_scale"]
         if f["position"] == "learned":
             x = x + nn.Embed(f["context"], f["width"], name="position")(jnp.arange(tokens.shape[1]))
         x = transformer(f, x)
         if f["head"] == "untied":
             return nn.Dense(f["vocab"], use_bias=False, name="head")(x)
-        return x @ embed.embedding[: f["vocab"]].T * f["head_scale"]
+        return x @ embed.embedding[: f["vocab"]].T
 
 
 class ViT(nn.Module):

@@ -33,11 +33,11 @@ def wide(a: Array) -> Array:
 
 def text_model(p: dict, f: dict, tokens: Array) -> Array:
     """(b, t) ids -> (b, t, vocab)."""
-    x = p["embed.embedding"][tokens]
+    x = p["embed.embedding"][tokens] * f["embed_scale"]
     if "position.embedding" in p:
         x = x + p["position.embedding"][: tokens.shape[1]]
     x = transformer(p, f, x)
-    head = p["head.kernel"] if f["head"] == "untied" else p["embed.embedding"][: f["vocab"]].T * f["head_scale"]
+    head = p["head.kernel"] if f["head"] == "untied" else p["embed.embedding"][: f["vocab"]].T
     return x @ head
 
 

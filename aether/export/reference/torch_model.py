@@ -73,7 +73,7 @@ class TextModel(nn.Module):
             seen = of_keys if seen is None else seen & of_keys
         if positions is None:
             positions = index[None, past:] if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        x = wide(self.embed(tokens))
+        x = wide(self.embed(tokens)) * self.f["embed_scale"]
         if self.position is not None:
             x = x + self.position(positions)
         for block in self.blocks:
@@ -85,7 +85,7 @@ class TextModel(nn.Module):
         if self.head is not None:
             return wide(self.head(hidden))
         table = self.embed.weight[: self.f["vocab"]]
-        return wide(F.linear(hidden.to(table.dtype), table)) * self.f["head_scale"]
+        return wide(F.linear(hidden.to(table.dtype), table))
 
 
 class ViT(nn.Module):
