@@ -10,17 +10,17 @@ from absl import flags
 from launch import cli
 
 FLAGS = cli.new_flags()
-flags.DEFINE_string("export", "", "folder of an export to npz, torch or hf", flag_values=FLAGS)
+flags.DEFINE_string("export", "", "folder of an export to npz, torch, hf or gpt2", flag_values=FLAGS)
+flags.DEFINE_string("tokenizer", "", "of a GPT-2 that Aether has not exported, such as gpt2:FOLDER", flag_values=FLAGS)
 flags.DEFINE_string("workdir", "", "new folder of the run", flag_values=FLAGS)
 
 
 def main(args: flags.FlagValues) -> None:
-    """Load, and say what can be done with it."""
+    """Load."""
     export, workdir = cli.require(args, "export", "exports/quickstart"), cli.require(args, "workdir", "runs/again")
     from aether.export.load import load_export
 
-    load_export(export, workdir)
-    print(f"python -m launch.train --workdir={workdir} --config=... goes on with it.")
+    load_export(export, workdir, tokenizer=args.tokenizer)
 
 
 if __name__ == "__main__":

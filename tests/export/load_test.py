@@ -1,6 +1,7 @@
 """The way back: a run made of an export scores the same, and trains on."""
 
 import json
+import math
 import os
 import shutil
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 
 from aether.config import build
+from aether.errors import InputError
 from aether.evaluate.load import load_run
 from aether.evaluate.run import evaluate_run
+from aether.evaluate.tasks.run import evaluate_tasks
 from aether.export.load import load_export
 from aether.export.run import export_run
+from aether.testing import tiny_text
 from aether.train.loop import train
 from launch import cli, load
 
@@ -86,3 +90,48 @@ def test_wrong_input_is_one_sentence(export, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err.strip()
         assert said in error and error.count("\n") == 0, error
         assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(("kind", "target"), [("gpt2", "gpt2"), ("aether", "torch"), ("aether_vit", "hf")])
+def test_other_targets_are_read_back(kind, target, trained, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
+    export_run(str(trained(kind)), target, str(tmp_path / "out"), log=quiet)
+    load_export(str(tmp_path / "out"), str(tmp_path / "again"), log=quiet)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_run(str(trained(kind))).params, load_run(str(tmp_path / "again")).params
+    )
+
+
+def test_any_gpt2_of_transformers(tmp_path):
+    """Random weights, saved by transformers, evaluated here: the same perplexity by strides."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[hf]'")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=257, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.5)).eval()
+    model.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(InputError, match="give its --tokenizer"):
+        load_export(str(tmp_path / "gpt2"), str(tmp_path / "run"), log=quiet)
+    load_export(str(tmp_path / "gpt2"), str(tmp_path / "run"), tokenizer="bytes", log=quiet)
+    text = tiny_text(tmp_path, 100)
+    found = evaluate_tasks(str(tmp_path / "run"), [f"sliding:{text}"], stride=12)["tasks"]["sliding-tiny"]
+    assert found["perplexity"] == pytest.approx(strided(model, text.read_bytes(), 32, 12), rel=1e-4)
+
+
+def strided(model, text, context, stride):
+    """The perplexity of Hugging Face's guide: windows of the context, every `stride` tokens, the new ones scored."""
+    import torch
+
+    ids = torch.tensor([list(text)])
+    total, count, before = 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + context, ids.shape[1])
+        targets = ids[:, begin:end].clone()
+        targets[:, : -(end - before)] = -100
+        with torch.no_grad():
+            loss = model(ids[:, begin:end], labels=targets).loss
+        scored = int((targets != -100).sum()) - 1
+        total, count, before = total + float(loss) * scored, count + scored, end
+        if end == ids.shape[1]:
+            break
+    return math.exp(total / count)
