@@ -63,13 +63,13 @@ OPEN = {
 REMAT_NAMES = ("query", "key", "value", "attention", "product", "hidden")
 
 # Peak learning rates of the baselines: GPT-3's table (Brown et al., 2020), and for its `tiny` a sweep (LOG.md); those
-# of the other families are provisional, carried over from first looks at small networks (LOG.md). The best rate of ⵟ
-# networks is a multiple of it: measured at the smallest, carried over to the other sizes.
+# of the other families are provisional, carried over from small networks (LOG.md). The best rate of ⵟ networks is a
+# multiple of it, of ResNets half of it: measured at the smallest, carried over to the other sizes.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "gpt": {"tiny": 3e-3, "124m": 6e-4, "350m": 3e-4, "774m": 2.5e-4, "1.5b": 2e-4},
     "bert": {"tiny": 3e-3, "mini": 1e-3, "small": 6e-4, "medium": 6e-4, "base": 4e-4},
     "vit": {"ti": 1e-3, "s": 1e-3, "b": 6e-4},
-    "resnet": {"18": 3e-3, "34": 3e-3, "50": 3e-3, "101": 2e-3},
+    "resnet": {"18": 6e-3, "34": 6e-3, "50": 6e-3, "101": 4e-3},
 }
 RATE_FACTORS = {
     "aether": 2.0,
@@ -78,6 +78,6 @@ RATE_FACTORS = {
     "bert": 1.0,
     "aether_vit": 2.0,
     "vit": 1.0,
-    "aether_resnet": 1.0,
+    "aether_resnet": 0.5,
     "resnet": 1.0,
 }
