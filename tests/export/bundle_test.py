@@ -1,5 +1,6 @@
 """Bundles: the NumPy reader computes what Aether computes, in float64 too, and states come back."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -7,6 +8,7 @@ from flax import nnx
 from aether.errors import InputError
 from aether.export.bundle import parameters_of, state_of
 from aether.export.reference import numpy_model
+from aether.kernels.yat import yat
 from aether.models import describe_model
 from aether.testing import NETWORKS, drawn_state, network_config
 
@@ -18,6 +20,20 @@ def test_numpy_computes_the_same(name, exported):
     assert got.dtype == np.float32 and exact.dtype == np.float64 and exact.std() > 1e-3
     np.testing.assert_allclose(wanted, exact, rtol=0, atol=3e-5 * np.abs(exact).max())
     np.testing.assert_allclose(got, exact, rtol=0, atol=3e-5 * np.abs(exact).max())
+
+
+def test_directions_of_nothing(exported):
+    """A blank patch has no direction: its distance to a unit prototype counts as 2."""
+    folder, *_ = exported("aether_resnet_deep", "npz")
+    with np.load(folder / "parameters.npz") as file:
+        parameters = {name: file[name] for name in file.files}
+    w = parameters["stages.0.0.hidden.kernel"].reshape(-1, 4)
+    numbers = [parameters[f"stages.0.0.hidden.{name}"] for name in ("bias", "alpha", "epsilon_param")]
+    bias, epsilon = np.log1p(np.exp(numbers[0])), np.log1p(np.exp(numbers[2]))
+    blank = np.zeros((1, len(w)), np.float32)
+    got = numpy_model.kernel_unit(blank, w, True, bias, numbers[1], epsilon)
+    wanted = yat(jnp.asarray(blank), jnp.asarray(w), bias=bias, alpha=numbers[1], epsilon=epsilon, spherical=True)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["aether", "minibert_linear", "aether_resnet"])

@@ -346,7 +346,7 @@ def yat(dot: Tensor, s: Tensor, z: Tensor, spherical: bool, bias: Tensor, alpha:
     """α (x·w + b)² / (‖x - w‖² + ε) of x·w, s = ‖x‖² and z = ‖w‖²; of unit vectors if `spherical`, where 0 stays 0."""
     if spherical:
         lengths = [ops.sqrt(ops.where(n > 0, n, 1.0)) for n in (s, z)]
-        dot, s, z = dot / (lengths[0] * lengths[1]), ops.sign(s), ops.sign(z)
+        dot, s, z = dot / (lengths[0] * lengths[1]), 1.0, 1.0
     return alpha * ops.square(dot + bias) / (ops.maximum(s + z - 2 * dot, 0.0) + epsilon)
 
 

@@ -82,9 +82,10 @@ def attention(p: dict, f: dict, name: str, x: Array) -> Array:
         q, k = unit(q), unit(k)
     dot = np.einsum("bthk,bshk->bhts", q, k)
     if f["attention"] == "yat":
-        distance = np.sum(q * q, -1).transpose(0, 2, 1)[..., None] + np.sum(k * k, -1).transpose(0, 2, 1)[:, :, None]
+        squares = np.sum(q * q, -1).transpose(0, 2, 1)[..., None] + np.sum(k * k, -1).transpose(0, 2, 1)[:, :, None]
+        squares = 2 if f["spherical"] else squares
         bias, alpha, epsilon = (n[..., None, None] for n in numbers(p, name, (f["heads"],)))
-        dot = alpha * (dot + bias) ** 2 / (np.maximum(distance - 2 * dot, 0) + epsilon)
+        dot = alpha * (dot + bias) ** 2 / (np.maximum(squares - 2 * dot, 0) + epsilon)
     score = dot / math.sqrt(q.shape[-1])
     if f.get("causal"):
         score = np.where(np.tri(t, dtype=bool), score, -np.inf)
@@ -198,11 +199,11 @@ def yat(p: dict, f: dict, name: str, x: Array) -> Array:
 
 def kernel_unit(x: Array, w: Array, spherical: bool, bias: Array, alpha: Array, epsilon: Array) -> Array:
     """α (x·w + b)² / (‖x - w‖² + ε), of unit vectors if `spherical`."""
+    squares = np.sum(x * x, -1, keepdims=True) + np.sum(w * w, 0)
     if spherical:
-        x, w = unit(x), unit(w.T).T
+        x, w, squares = unit(x), unit(w.T).T, 2
     dot = x @ w
-    distance = np.sum(x * x, -1, keepdims=True) + np.sum(w * w, 0) - 2 * dot
-    return alpha * (dot + bias) ** 2 / (np.maximum(distance, 0) + epsilon)
+    return alpha * (dot + bias) ** 2 / (np.maximum(squares - 2 * dot, 0) + epsilon)
 
 
 def numbers(p: dict, name: str, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:

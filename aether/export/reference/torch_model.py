@@ -198,7 +198,7 @@ class Unit(nn.Module):
         self.epsilon_param = nn.Parameter(torch.zeros(numbers))
         self.bias = nn.Parameter(torch.zeros(biases)) if bias else None
 
-    def respond(self, dot: Tensor, squares: Tensor, dims: int = 0) -> Tensor:
+    def respond(self, dot: Tensor, squares: Tensor | float, dims: int = 0) -> Tensor:
         """α (x·w + b)² / (‖x - w‖² + ε), of x·w and ‖x‖² + ‖w‖²; units are the axis before the last `dims`."""
         places = (-1,) + (1,) * dims
         alpha, epsilon = self.alpha.view(places), F.softplus(wide(self.epsilon_param)).view(places)
@@ -215,7 +215,7 @@ class YatAttention(Attention, Unit):
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         """As above."""
-        squares = (q * q).sum(-1)[..., None] + (k * k).sum(-1)[..., None, :]
+        squares = 2.0 if self.directions else (q * q).sum(-1)[..., None] + (k * k).sum(-1)[..., None, :]
         return self.respond(super().score(q, k), squares, 2)
 
 
@@ -378,8 +378,7 @@ class YatConv(Unit):
         dot, ww = F.conv2d(x, w, **how), (w * w).sum((1, 2, 3))[:, None, None]
         xx = F.conv2d((x * x).sum(1, keepdim=True), torch.ones_like(w[:1, :1]), **how)
         if self.spherical:
-            dot = dot / (length(xx) * length(ww))
-            xx, ww = ((a > 0).to(a.dtype) for a in (xx, ww))
+            return self.respond(dot / (length(xx) * length(ww)), 2.0, 2)
         return self.respond(dot, xx + ww, 2)
 
 
@@ -396,7 +395,7 @@ class Yat(Unit):
         """(..., inputs) -> (..., outputs)."""
         x, w = wide(x), wide(self.weight)
         if self.spherical:
-            x, w = unit(x), unit(w)
+            return self.respond(unit(x) @ unit(w).T, 2.0)
         return self.respond(x @ w.T, (x * x).sum(-1, keepdim=True) + (w * w).sum(-1))
 
 
