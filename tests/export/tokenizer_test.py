@@ -20,7 +20,7 @@ FACTS = dict(causal=True, context=12)
 def text(tmp_path_factory):
     """Return a file of mixed text."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("text") / "mixed.txt"
-    words = [word for line in TEXTS for word in line.split()]
+    words = [word for line in TEXTS[:9] for word in line.split()]
     lines = (" ".join(rng.choices(words, k=12)) + rng.choice(["\n", "\n\n", "  \n", ".\t"]) for _ in range(400))
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -34,7 +34,7 @@ def tokenizers(text, tmp_path_factory):
     for kind in ("bpe", "unigram", "char"):
         flags = train_tokenizer.define()
         out = folder / f"{kind}.model"
-        flags(["train_tokenizer", f"--path={text}", f"--out={out}", f"--type={kind}", "--vocab_size=600"])
+        flags(["train_tokenizer", f"--path={text}", f"--out={out}", f"--type={kind}", "--vocab_size=500"])
         train_tokenizer.main(flags)
         made[kind] = load_tokenizer(str(out))
     return made
@@ -80,7 +80,7 @@ def test_the_same_ids(kind, tokenizers, text, tmp_path):
 
 
 def test_what_masks_is_the_next_id(tokenizers, tmp_path):
-    ours = tokenizers["unigram"]
+    ours = tokenizers["bpe"]
     write_tokenizer(ours, FACTS | dict(causal=False), tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.mask_token_id == ours.vocab_size
