@@ -44,8 +44,12 @@ def write_tokenizer(tokenizer: Tokenizer, facts: dict[str, Any], folder: Path) -
     names = dict(bos_token=EOT, eos_token=EOT, pad_token=EOT)
     if not facts["causal"]:
         names |= dict(mask_token=MASK)
+        said = (
+            f"In a text, {MASK} and {EOT} are the tokens of these names, and not what Aether makes of the characters.\n"
+        )
+        (folder / NOTES).write_text(said, encoding="utf-8")
     config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=facts["context"], **names)
-    config |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True, padding_side="left")
+    config |= dict(clean_up_tokenization_spaces=False, split_special_tokens=facts["causal"], padding_side="left")
     config |= dict(model_input_names=["input_ids", "attention_mask"])
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
