@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 BOUND = 1e-4  # largest difference of two logits
+_ROWS = 32  # predictions compared at a time: float64 logits of a whole text are larger than its network
 LAYER_BOUNDS = dict(formula=1e-6, aether=5e-6)  # relative, of float64 and of float32 numbers
 Pairs = Iterable[tuple[np.ndarray, np.ndarray]]
 
@@ -149,8 +150,9 @@ def compare(pairs: Pairs, bound: float = BOUND) -> Parity:
         if ours.shape != theirs.shape:
             raise ValueError(f"Aether's logits are {ours.shape}, and those of the export {theirs.shape}.")
         inputs += len(ours)
-        for a, b in zip(ours, theirs, strict=True):  # one input at a time: whole batches of float64 logits are large
-            a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
+        flat = [x.reshape(-1, x.shape[-1]) for x in (ours, theirs)]
+        for start in range(0, len(flat[0]), _ROWS):
+            a, b = (x[start : start + _ROWS].astype(np.float64) for x in flat)
             predictions += len(a)
             difference = float(np.maximum(difference, np.max(np.abs(a - b))))  # NaN stays NaN
             p, q = _log_softmax(a), _log_softmax(b)

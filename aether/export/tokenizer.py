@@ -5,6 +5,7 @@ give other ids is left out, with the reason in the card.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from aether.errors import InputError
 from aether.export.source import NOTES
 
 MASK = "<|mask|>"
-_NEVER = -1e4  # log-probability of pieces that text is not cut into
 TEXTS = (
     "The model reads a line, and says what comes next; it's 3.14159 or 2,718,281 or 1e-9.",
     "  two spaces, then\ttabs\t\t, line\nbreaks\n\n\n and \r\n others   \u00a0 \u2003 \u3000 at the end   ",
@@ -27,7 +27,8 @@ TEXTS = (
     f"{EOT} <unk> <s> </s> <pad> [MASK] <0x41> <0x0A> <0xE2> {SPACE_MARK}{SPACE_MARK}a {SPACE_MARK} b{SPACE_MARK}",
     "def f(x):\n    return {'a': [1, 2]}  # don't, can't, I'll, we've, THEY'RE, I'd, 'sx\n\n\n\tpass\n",
     "\u0000\u0001\u007f \ufeff \ufffd \U0010ffff",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa          ---------======____....!!!???",
+    " ".join(c * n for c in "-=._*#~/!a0\n\t" for n in range(1, 65)),
+    "x".join(" " * n for n in range(1, 65)),
     "",
 )
 
@@ -43,8 +44,12 @@ def write_tokenizer(tokenizer: Tokenizer, facts: dict[str, Any], folder: Path) -
     names = dict(bos_token=EOT, eos_token=EOT, pad_token=EOT)
     if not facts["causal"]:
         names |= dict(mask_token=MASK)
+        said = (
+            f"In a text, {MASK} and {EOT} are the tokens of these names, and not what Aether makes of the characters.\n"
+        )
+        (folder / NOTES).write_text(said, encoding="utf-8")
     config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=facts["context"], **names)
-    config |= dict(clean_up_tokenization_spaces=False, split_special_tokens=True, padding_side="left")
+    config |= dict(clean_up_tokenization_spaces=False, split_special_tokens=facts["causal"], padding_side="left")
     config |= dict(model_input_names=["input_ids", "attention_mask"])
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -131,16 +136,34 @@ def _sentencepiece(tokenizer: Tokenizer) -> Any:
     unknown = proto.trainer_spec.unk_id
     model: Any
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        scores = [p.score if of_text else _NEVER for p, of_text in zip(proto.pieces, text, strict=True)]
-        model = models.Unigram(list(zip(names, scores, strict=True)), unknown, True)
+        model = models.Unigram([(name, p.score) for name, p in zip(names, proto.pieces, strict=True)], unknown, True)
     else:
         vocab = {name: i for i, name in enumerate(names)}
         ranked = sorted((i for i in range(len(names)) if text[i]), key=lambda i: -proto.pieces[i].score)
         merges = _pairs([names[i] for i in ranked], {names[i]: k for k, i in enumerate(ranked)})
         model = models.BPE(vocab, merges, unk_token=names[unknown], byte_fallback=True, fuse_unk=True)
     made = Tokenizer(model)
+    others = [name for name, of_text in zip(names, text, strict=True) if not of_text]
+    made.pre_tokenizer = _apart(others, [name for name, of_text in zip(names, text, strict=True) if of_text])
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return made
+
+
+def _apart(others: list[str], pieces: list[str]) -> Any:
+    """Return what keeps a text from being read as pieces that only look like text, such as <unk> and <0x41>.
+
+    It cuts them where no piece of text would reach over the cut. Without such a place they are left, and found by
+    `difference`.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    neighbours = {piece[k : k + 2] for piece in pieces for k in range(len(piece) - 1)}
+    cuts = []
+    for name in others:
+        free = (k for k in range(1, len(name)) if name[k - 1 : k + 1] not in neighbours)
+        if k := next(free, 0):
+            cuts.append(f"{re.escape(name[:k])}(?={re.escape(name[k:])})")
+    return pre_tokenizers.Split(Regex("|".join(cuts) or r"\A\Z"), "merged_with_previous")
 
 
 def _pairs(names: list[str], rank: dict[str, int]) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ FACTS = dict(causal=True, context=12)
 def text(tmp_path_factory):
     """Return a file of mixed text."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("text") / "mixed.txt"
-    words = [word for line in TEXTS for word in line.split()]
+    words = [word for line in TEXTS[:9] for word in line.split()]
     lines = (" ".join(rng.choices(words, k=12)) + rng.choice(["\n", "\n\n", "  \n", ".\t"]) for _ in range(400))
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -34,7 +34,7 @@ def tokenizers(text, tmp_path_factory):
     for kind in ("bpe", "unigram", "char"):
         flags = train_tokenizer.define()
         out = folder / f"{kind}.model"
-        flags(["train_tokenizer", f"--path={text}", f"--out={out}", f"--type={kind}", "--vocab_size=600"])
+        flags(["train_tokenizer", f"--path={text}", f"--out={out}", f"--type={kind}", "--vocab_size=500"])
         train_tokenizer.main(flags)
         made[kind] = load_tokenizer(str(out))
     return made
@@ -61,10 +61,7 @@ def _ranks(folder, content):
     return folder
 
 
-KINDS = ("bytes", "chars", "gpt2", "bpe", "unigram", "char")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bytes", "chars", "gpt2", "bpe", "char"])
 def test_the_same_ids(kind, tokenizers, text, tmp_path):
     ours, content = tokenizers[kind], text.read_text(encoding="utf-8")
     assert difference(ours, make(ours), (*TEXTS, content)) == ""
@@ -79,13 +76,24 @@ def test_the_same_ids(kind, tokenizers, text, tmp_path):
     assert theirs.bos_token_id == theirs.eos_token_id == ours.eot and theirs.padding_side == "left"
 
 
-def test_what_masks_is_the_next_id(tokenizers, tmp_path):
+def test_the_same_ids_of_unigrams(tokenizers, text, tmp_path):
+    """Long runs of one character, which may be cut in ways of the same probability, decide whether it is written."""
     ours = tokenizers["unigram"]
+    made = make(ours)
+    assert difference(ours, made, (*TEXTS[:9], text.read_text(encoding="utf-8"))) == ""
+    write_tokenizer(ours, FACTS, tmp_path)
+    differs = difference(ours, made, TEXTS) != ""
+    assert (tmp_path / NOTES).exists() == differs and (tmp_path / "tokenizer.json").exists() != differs
+
+
+def test_what_masks_is_the_next_id(tokenizers, tmp_path):
+    ours = tokenizers["bpe"]
     write_tokenizer(ours, FACTS | dict(causal=False), tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.mask_token_id == ours.vocab_size
     got = theirs(f"says {MASK} next", add_special_tokens=False).input_ids
     assert got == [*ours.encode("says "), ours.vocab_size, *ours.encode(" next")]
+    assert MASK in (tmp_path / NOTES).read_text()
 
 
 def test_other_ids_are_refused(tokenizers, tmp_path, monkeypatch):
