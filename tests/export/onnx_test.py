@@ -10,7 +10,7 @@ for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 from aether.export import torch as in_torch  # noqa: E402
 
-NAMES = [
+NAMES = ["aether", "minibert_linear", "bert", "aether_vit", "aether_resnet_deep", "resnet"]
     "aether",
     "aether_plain",
     "minibert_linear",

@@ -108,7 +108,7 @@ class ViT(nn.Module):
         x = images.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # (b, c, rows, k, columns, k)
         x = wide(self.patches(x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)))
         if self.token is not None:
-            x = torch.cat([wide(self.token.weight).expand(len(x), 1, -1), x], 1)
+            x = torch.cat([wide(self.token.weight).expand(x.shape[0], 1, -1), x], 1)
         if self.position is not None:
             x = x + self.position.weight
         positions = torch.arange(x.shape[1], device=x.device)[None]
