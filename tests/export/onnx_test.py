@@ -11,15 +11,6 @@ for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
 from aether.export import torch as in_torch  # noqa: E402
 
 NAMES = ["aether", "minibert_linear", "bert", "aether_vit", "aether_resnet_deep", "resnet"]
-    "aether",
-    "aether_plain",
-    "minibert_linear",
-    "bert",
-    "vit_linear",
-    "aether_vit",
-    "aether_resnet_deep",
-    "resnet",
-]
 
 
 # PyTorch's tracer copies a class of its own that it has deprecated.
