@@ -102,12 +102,14 @@ _IMAGE_MODEL = dict(dtype="float32")
 # Each family, and each part turned at least once: what an export has to reproduce.
 NETWORKS: dict[str, dict[str, Any]] = {
     "aether": dict(kind="aether", **_TEXT_MODEL),
-    "aether_plain": dict(kind="aether", spherical=False, yat_bias=0.0, head="tied", position="learned", **_TEXT_MODEL),
+    "aether_plain": dict(
+        kind="aether", spherical=False, yat_bias=0.0, head="tied", position="learned", embed_std=0.1, **_TEXT_MODEL
+    ),
     "aether_norm": dict(kind="aether", norm="layernorm", linear_bias="yes", mlp="gelu", **_TEXT_MODEL),
     "gpt2": dict(kind="gpt2", **_TEXT_MODEL),
     "gpt2_dot_yat": dict(kind="gpt2", mlp="yat", position="rotary", head="untied", **_TEXT_MODEL),
-    "minibert": dict(kind="minibert", **_TEXT_MODEL),
-    "minibert_linear": dict(kind="minibert", attention="yat_linear", features=12, **_TEXT_MODEL),
+    "minibert": dict(kind="minibert", embed_std=0.1, **_TEXT_MODEL),
+    "minibert_linear": dict(kind="minibert", attention="yat_linear", features=12, embed_std=0.1, **_TEXT_MODEL),
     "bert": dict(kind="bert", position="learned", head="untied", **_TEXT_MODEL),
     "aether_vit": dict(
         kind="aether_vit", layers=2, heads=4, width=16, patch=4, head="yat", pool="class", **_IMAGE_MODEL

@@ -38,7 +38,7 @@ def read(folder: Path) -> Parameters | None:
     if not file.exists():
         return None
     try:
-        with np.load(file, allow_pickle=False) as found:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as found:
             return {name: numpy_model.wide(found[name]) for name in found.files}
     except (OSError, ValueError, zipfile.BadZipFile) as e:
         raise InputError(f"{file} is damaged ({e}); copy it again.") from e

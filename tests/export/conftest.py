@@ -52,17 +52,29 @@ def written(tmp_path_factory):
     return write
 
 
+@pytest.fixture(scope="session")
+def finished(written):
+    """Return finish(name, target, dtype) -> the folder of `written`, finished in this process, once."""
+
+    @functools.cache
+    def finish(name, target, dtype):
+        folder = written(name, target, dtype)
+        if TARGETS[target].finish is not None:
+            TARGETS[target].finish(folder)
+        return folder
+
+    return finish
+
+
 @pytest.fixture
-def exported(written):
+def exported(finished):
     """Return export(name, target, dtype) -> folder, inputs, Aether's logits, those of the export, run in this process.
 
     Networks and folders are those of `written`.
     """
 
     def export(name, target, dtype="float32"):
-        folder = written(name, target, dtype)
-        if TARGETS[target].finish is not None:
-            TARGETS[target].finish(folder)
+        folder = finished(name, target, dtype)
         x = inputs_of(network_config(name))
         wanted = _forward(name, dtype)(x)
         (got,) = TARGETS[target].replay(folder, [x])

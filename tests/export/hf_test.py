@@ -67,7 +67,9 @@ def test_generates(name, made):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(ids[0], greedy[1])
     torch.manual_seed(0)
-    drawn = model.generate(tokens[:, :6], attention_mask=mask, **options | dict(do_sample=True, top_k=0))
+    drawn = model.generate(
+        tokens[:, :6], attention_mask=mask, **options | dict(do_sample=True, top_k=0, temperature=3.0)
+    )
     assert drawn.shape == (4, 12) and not torch.equal(drawn, greedy)
     beams = model.generate(tokens[:, :6], attention_mask=mask, num_beams=2, **options)
     assert beams.shape == (4, 12)

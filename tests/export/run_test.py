@@ -78,7 +78,7 @@ def test_wrong_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TARGETS, "missing", dataclasses.replace(npz.TARGET, packages=("nowhere_at_all",), extra="some"))
     workdir, out = f"--workdir={trained('aether')}", f"--out={tmp_path / 'new'}"
     for argv, said in (
-        ([workdir, "--to=caffe", out], "--to is 'caffe'; it takes one of npz"),
+        ([workdir, "--to=caffe", out], "--to is 'caffe'; it takes one of hf, torch"),
         ([workdir, "--to=missing", out], 'needs nowhere_at_all: pip install -e ".[some]"'),
         ([workdir, "--to=npz", f"--out={tmp_path / 'full'}"], "not empty"),
         ([workdir, "--to=npz", out, "--step=7"], "There is no checkpoint 7"),

@@ -127,7 +127,7 @@ def test_both_kinds_have_as_many_parameters(size):
 @pytest.mark.parametrize("attention", [pytest.param("yat", marks=pytest.mark.slow), "yat_linear"])
 def test_the_mesh_changes_nothing(rng, attention):
     """Rows over data and fsdp, heads and vocabulary over tensor, and the gradients lie as their parameters."""
-    graph, params = nnx.split(drawn("minibert", attention=attention, epsilon=1.0))
+    graph, params = nnx.split(drawn("minibert", attention=attention, epsilon=1.0, embed_std=0.02))
     arrays = [jnp.asarray(np.concatenate([a, a])) for a in packed(rng)]
 
     def loss(params, tokens, segments, positions):
