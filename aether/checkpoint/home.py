@@ -27,6 +27,7 @@ class Home:
     """
 
     def __init__(self, path: str):
+        os.environ.setdefault("EPATH_USE_TF", "0")  # where TensorFlow is installed it would read s3://, and cannot
         from etils import epath
 
         self.remote = "://" in path
