@@ -36,6 +36,7 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _model_class() -> type:
     try:
+        import lm_eval.models  # noqa: F401  (its own models; registered later, they would be missing)
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError as e:

@@ -34,7 +34,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def run(bytes_run, tmp_path):
-    return shutil.copytree(bytes_run, tmp_path / "run")
+    return shutil.copytree(bytes_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "tensorboard"))
 
 
 @pytest.fixture(autouse=True)
