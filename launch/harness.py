@@ -27,11 +27,11 @@ def main(args: flags.FlagValues, words: list[str]) -> None:
     for word in words:
         if word.partition("=")[0] in ("--model", "--model_args", "-M", "-a"):
             raise InputError(f"{word} is given, but the model is that of --workdir; leave it out.")
-    from lm_eval.__main__ import cli_evaluate
-
-    from aether.evaluate.harness import AetherLM  # noqa: F401  registers itself
+    from aether.evaluate.harness import AetherLM  # noqa: F401  registers itself, or names the missing extra
 
     model = dict(workdir=workdir, average=args.average) | ({} if args.step is None else dict(step=args.step))
+    from lm_eval.__main__ import cli_evaluate
+
     sys.argv = ["lm_eval", "run", "--model", "aether", "--model_args", json.dumps(model)]
     sys.argv += words[1:] if words[:1] == ["run"] else words
     cli_evaluate()

@@ -86,7 +86,8 @@ def _record(folder: Path, tokenizer: str) -> dict[str, Any]:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"--export is {folder}, which is no export of Aether's: {e!r}.") from e
+        why = f"{CONFIG} there says nothing of a network" if (folder / CONFIG).exists() else f"it has no {CONFIG}"
+        raise InputError(f"--export is {folder}, which is no export of Aether's: {why}.") from e
     if made > FORMAT:
         raise InputError(f"{folder} is of format {made}, and this Aether reads up to {FORMAT}; take a newer Aether.")
     return record

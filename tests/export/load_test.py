@@ -79,7 +79,7 @@ def test_wrong_input_is_one_sentence(export, tmp_path, monkeypatch, capsys):
     for source, workdir, said in (
         (folder, "full", "give a new local folder"),
         (folder, "s3://bucket/run", "give a new local folder"),
-        (tmp_path / "nowhere", "new", "is no export of Aether's"),
+        (tmp_path / "nowhere", "new", "is no export of Aether's: it has no config.json"),
         (newer, "new", "of format 99"),
         (odd, "new", "and this network as"),
         (cut, "new", "is damaged"),

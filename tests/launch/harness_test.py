@@ -52,3 +52,12 @@ def test_mistakes_are_one_sentence(handed, capsys, argv, says):
     assert run(*argv) == 2 and handed == []
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and says in err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_environment", lambda debug: None)
+    monkeypatch.delitem(sys.modules, "aether.evaluate.harness", raising=False)
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.__main__"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run("--workdir=runs/a", "--", "--tasks", "a") == 2
+    assert "pip install -e '.[lm_eval]'" in capsys.readouterr().err
