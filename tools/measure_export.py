@@ -23,12 +23,11 @@ def main(values: flags.FlagValues) -> None:
     workdir = cli.require(values, "workdir", "runs/quickstart")
     target, out = cli.require(values, "to", "torch"), cli.require(values, "out", "exports/measured")
     options = [f"--workdir={workdir}", f"--to={target}", f"--out={out}", f"--dtype={values.dtype}"]
-    command = [sys.executable, "-m", "launch.export", *options]
-    began, most, alone = time.perf_counter(), 0, 0
+    command = [sys.executable, "-m", "launch.export", *options, f"--data={values.data}"]
+    began, most = time.perf_counter(), [0]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        held = _resident(process.pid)
-        most, alone = max(most, sum(held)), max([alone, *held])
+        most = max(most, _resident(process.pid), key=sum)
         time.sleep(INTERVAL)
     used = os.times()
     if process.returncode:
@@ -37,7 +36,8 @@ def main(values: flags.FlagValues) -> None:
     size = record["parameters"] * (4 if record["dtype"] == "float32" else 2)
     result = dict(to=target, dtype=record["dtype"], parameters=record["parameters"], parameters_mb=size / 1e6)
     result |= dict(seconds=time.perf_counter() - began, cpu_seconds=used.children_user + used.children_system)
-    result |= dict(peak_mb=most / 1e6, largest_process_mb=alone / 1e6, times_the_parameters=most / size)
+    result |= dict(peak_mb=sum(most) / 1e6, of_processes_mb=[round(held / 1e6) for held in most])
+    result |= dict(times_the_parameters=sum(most) / size)
     print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}))
 
 
@@ -58,6 +58,7 @@ def define() -> flags.FlagValues:
     flags.DEFINE_string("workdir", "", "folder of the run", values)
     flags.DEFINE_string("to", "", "framework", values)
     flags.DEFINE_string("out", "", "new folder of the export", values)
+    flags.DEFINE_string("data", "", "what to compare on (empty: the run's first validation set)", values)
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "of the parameters that are written", flag_values=values
     )

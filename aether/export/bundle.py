@@ -17,13 +17,11 @@ from flax import nnx
 
 from aether.config import Config, ModelConfig
 from aether.errors import InputError
+from aether.export.source import DTYPES, FORMAT, Parameters
 from aether.kernels import features
 from aether.models.block import USUAL_STD
 
-FORMAT = 1
 NORM_EPSILON = 1e-5  # of LayerNorm and BatchNorm
-DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
-Parameters = dict[str, np.ndarray]
 
 _STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "stride2": (3, 2, False)}
 _TRANSFORMER = ("layers", "heads", "width", "hidden", "attention", "mlp", "norm", "position", "head", "spherical")
@@ -72,7 +70,7 @@ def parameters_of(config: Config, state: nnx.State, dtype: str = "float32") -> P
         value = np.asarray(variable[...])
         for name, take in there.of(path):
             part = there.trimmed(name, take(value)).astype(DTYPES[dtype], copy=False)
-            found[name] = np.ascontiguousarray(part)
+            found[name] = part
             if name.endswith(".anchors"):
                 found[name.removesuffix("anchors") + "whitening"] = _whitening(part, config.model)
     return found

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aether.evaluate.load import Run
 from aether.export.parity import Verdict
 from aether.export.source import Target
 from aether.workdir import Workdir
+
+if TYPE_CHECKING:
+    from aether.evaluate.load import Run
 
 _TAGS = {"lm": "text-generation", "mlm": "fill-mask", "classify": "image-classification"}
 _DOES = {"lm": "continues text", "mlm": "fills in masked text", "classify": "tells images apart"}
 
 
-def record_of(run: Run, dtype: str, parameters: int, licence: str) -> dict[str, Any]:
+def record_of(run: "Run", dtype: str, parameters: int, licence: str) -> dict[str, Any]:
     """Return what config.json of an export says of its run.
 
     The run's whole config, step, dtype, licence, git revision and versions; `parameters`, how many; `seen`, tokens or

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from aether.errors import InputError
-from aether.export.bundle import FORMAT, Parameters
-from aether.export.source import Source, Target
+from aether.export.source import FORMAT, Parameters, Source, Target
 from aether.export.tensors import read_tensors, write_tensors
 from aether.export.tokenizer import write_tokenizer
 from aether.export.torch import WEIGHTS, to_tensor

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from aether.export.bundle import Parameters
-from aether.export.source import Source, Target
+from aether.export.source import Parameters, Source, Target
 from aether.export.tensors import read_tensors, write_tensors
 from aether.export.tokenizer import write_tokenizer
 from aether.export.torch import WEIGHTS, from_torch, to_tensor, to_torch

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aether.export.bundle import DTYPES
-from aether.export.source import Source, Target
+from aether.export.source import DTYPES, Source, Target
 
 _PARAMETERS = "parameters.npz"
 

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from aether.export.npz import write_parameters
@@ -21,6 +20,8 @@ def write(source: Source, folder: Path) -> None:
 
 def replay(folder: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the logits of each batch."""
+    import jax
+
     from aether.export.reference import linen_model
 
     module, variables = linen_model.load(str(folder))

@@ -20,8 +20,8 @@ from aether.data.images.load import CLASSES
 from aether.data.tokenizers import load_tokenizer, save_tokenizer
 from aether.errors import InputError
 from aether.export import gpt2
-from aether.export.bundle import FORMAT, state_of
-from aether.export.run import CONFIG
+from aether.export.bundle import state_of
+from aether.export.source import CONFIG, FORMAT
 from aether.export.targets import parameters_in
 from aether.models import describe_model
 from aether.parallel import make_mesh, shardings

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from aether.errors import InputError
-from aether.export.bundle import Parameters
 from aether.export.reference import numpy_model
-from aether.export.source import Source, Target
+from aether.export.source import Parameters, Source, Target
 
 
 def write(source: Source, folder: Path) -> None:

@@ -1,16 +1,22 @@
-"""What targets are written from, and how one is described."""
+"""What targets are written from, and how one is described; JAX-free, as are the processes that only run an export."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer
-from aether.export.bundle import Parameters
 from aether.export.parity import Pairs, Verdict, compare_logits
+
+CONFIG = "config.json"
+FORMAT = 1  # of the facts and names of an export
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+Parameters = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -75,3 +81,53 @@ class Target:
     read: Callable[[Path], Parameters | None] | None = None
     ours: Ours | None = None
     compare: Callable[[Path, Pairs], Verdict] = compare_logits
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `aether.export.run.export_run` was asked for, as its parts read it."""
+
+    workdir: str
+    step: int | None
+    average: str
+    dtype: str
+    data: str | None
+    licence: str
+    out: str
+
+    def save(self, work: Path) -> None:
+        """Write asked.json."""
+        (work / "asked.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, work: Path) -> "Asked":
+        """Read it."""
+        return cls(**json.loads((work / "asked.json").read_text(encoding="utf-8")))
+
+
+def save_batches(work: Path, pairs: Pairs) -> None:
+    """Write what a comparison is made on, and what Aether makes of it."""
+    for k, (inputs, outputs) in enumerate(pairs):
+        np.save(work / f"inputs-{k:03}.npy", inputs)
+        np.save(work / f"ours-{k:03}.npy", outputs)
+        del outputs  # before the next are made
+
+
+def load_inputs(work: Path) -> Iterator[np.ndarray]:
+    """Yield the inputs of `save_batches`."""
+    return (np.load(file, allow_pickle=False) for file in sorted(work.glob("inputs-*.npy")))
+
+
+def save_logits(work: Path, logits: Iterable[np.ndarray]) -> None:
+    """Write what an export makes of the inputs."""
+    for file, found in zip(sorted(work.glob("inputs-*.npy")), logits, strict=True):
+        np.save(file.with_name(file.name.replace("inputs", "theirs")), np.asarray(found))
+        del found
+
+
+def load_pairs(work: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield Aether's outputs and those of the export."""
+    for file in sorted(work.glob("ours-*.npy")):
+        yield tuple(
+            np.load(work / file.name.replace("ours", whose), allow_pickle=False) for whose in ("ours", "theirs")
+        )

@@ -1,36 +1,33 @@
-"""The frameworks that networks are exported to."""
+"""The frameworks that networks are exported to, each in a module of this package that has its name."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 
 from aether.errors import InputError
-from aether.export import gpt2, hf, keras, linen, nmn, npz, onnx, stablehlo, tf, torch
-from aether.export.bundle import Parameters
-from aether.export.source import Target
+from aether.export.source import Parameters, Target
 
-TARGETS: dict[str, Target] = {
-    "hf": hf.TARGET,
-    "torch": torch.TARGET,
-    "keras": keras.TARGET,
-    "tf": tf.TARGET,
-    "linen": linen.TARGET,
-    "onnx": onnx.TARGET,
-    "stablehlo": stablehlo.TARGET,
-    "gpt2": gpt2.TARGET,
-    "nmn": nmn.TARGET,
-    "npz": npz.TARGET,
-}
+NAMES = ("hf", "torch", "keras", "tf", "linen", "onnx", "stablehlo", "gpt2", "nmn", "npz")
 
 
-def target_of(name: str) -> Target:
+def find(name: str) -> Target:
+    """Return a target; nothing of the others is imported, nor JAX for most.
+
+    Raises:
+      InputError: there is none of this name.
+    """
+    if name not in NAMES:
+        raise InputError(f"--to is {name!r}; it takes one of {', '.join(NAMES)}.")
+    return importlib.import_module(f"aether.export.{name}").TARGET
+
+
+def require(name: str) -> Target:
     """Return a target whose packages are here.
 
     Raises:
       InputError: there is none of this name, or its extra is not installed.
     """
-    if name not in TARGETS:
-        raise InputError(f"--to is {name!r}; it takes one of {', '.join(TARGETS)}.")
-    target = TARGETS[name]
+    target = find(name)
     missing = [p for p in target.packages if importlib.util.find_spec(p) is None]
     if missing:
         raise InputError(f'--to={name} needs {", ".join(missing)}: pip install -e ".[{target.extra}]"')
@@ -43,8 +40,8 @@ def parameters_in(folder: Path) -> Parameters:
     Raises:
       InputError: there are none, or they cannot be read.
     """
-    for target in TARGETS.values():
-        if target.read is not None and (found := target.read(folder)) is not None:
+    readable = {name: read for name in NAMES if (read := find(name).read) is not None}
+    for read in readable.values():
+        if (found := read(folder)) is not None:
             return found
-    readable = ", ".join(name for name, target in TARGETS.items() if target.read is not None)
-    raise InputError(f"{folder} has no parameters that can be read back; give an export to {readable}.")
+    raise InputError(f"{folder} has no parameters that can be read back; give an export to {', '.join(readable)}.")

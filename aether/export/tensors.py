@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from aether.errors import InputError
@@ -19,7 +19,7 @@ _NAMES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
-    "BF16": jnp.bfloat16,
+    "BF16": ml_dtypes.bfloat16,
     "I64": np.int64,
     "U8": np.uint8,
     "BOOL": np.bool_,

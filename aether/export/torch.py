@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from aether.errors import InputError
-from aether.export.bundle import Parameters
-from aether.export.source import Source, Target
+from aether.export.source import Parameters, Source, Target
 from aether.export.tensors import read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"

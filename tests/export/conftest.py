@@ -11,10 +11,10 @@ from flax import nnx
 from aether.config import Pictures, build
 from aether.data.images.load import Labels
 from aether.data.tokenizers import chars_tokenizer
-from aether.export.bundle import DTYPES, facts_of, parameters_of
-from aether.export.run import network, write_files
-from aether.export.source import Source
-from aether.export.targets import TARGETS
+from aether.export.bundle import facts_of, parameters_of
+from aether.export.source import DTYPES, Source
+from aether.export.targets import find
+from aether.export.write import network, write_files
 from aether.testing import drawn_state, inputs_of, network_config, tiny_images, tiny_text
 from aether.train.loop import train
 
@@ -46,7 +46,7 @@ def written(tmp_path_factory):
     def write(name, target, dtype="float32"):
         config = network_config(name)
         folder = tmp_path_factory.mktemp(f"{name}_{target}_{dtype}")
-        write_files(_source(config, drawn_state(config)[1], dtype), TARGETS[target], folder)
+        write_files(_source(config, drawn_state(config)[1], dtype), find(target), folder)
         return folder
 
     return write
@@ -59,8 +59,8 @@ def finished(written):
     @functools.cache
     def finish(name, target, dtype):
         folder = written(name, target, dtype)
-        if TARGETS[target].finish is not None:
-            TARGETS[target].finish(folder)
+        if (finishing := find(target).finish) is not None:
+            finishing(folder)
         return folder
 
     return finish
@@ -77,7 +77,7 @@ def exported(finished):
         folder = finished(name, target, dtype)
         x = inputs_of(network_config(name))
         wanted = _forward(name, dtype)(x)
-        (got,) = TARGETS[target].replay(folder, [x])
+        (got,) = find(target).replay(folder, [x])
         return folder, x, wanted, got
 
     return export

@@ -12,8 +12,8 @@ from aether.config import build
 from aether.errors import InputError
 from aether.export.bundle import facts_of, parameters_of, state_of
 from aether.export.gpt2 import parameters_from_gpt2, write
-from aether.export.run import network
 from aether.export.source import Source
+from aether.export.write import network
 from aether.models import describe_model
 from aether.testing import VOCAB, drawn_state, network_config
 

@@ -10,7 +10,7 @@ import pytest
 
 from aether.errors import InputError
 from aether.export.run import export_run
-from aether.export.targets import TARGETS, target_of
+from aether.export.targets import find, require
 from aether.testing import NETWORKS, inputs_of, network_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -65,10 +65,10 @@ def test_on_pytorch_by_the_lines_of_the_card(written, aether, tmp_path):
     wanted = {}
     for name in ON_TORCH:
         folder, x = shutil.copytree(written(name, "keras"), tmp_path / name), inputs_of(network_config(name))
-        TARGETS["keras"].finish(folder)
+        find("keras").finish(folder)
         np.save(folder / "inputs.npy", x)
         wanted[name] = aether(name)(x)
-    lines = "\n".join(f"    {line}" for line in TARGETS["keras"].use.splitlines())
+    lines = "\n".join(f"    {line}" for line in find("keras").use.splitlines())
     script = (
         "import os, sys, numpy\nsys.path.insert(0, '.')\nroot = os.getcwd()\nfor name in sys.argv[1:]:\n"
         f"    os.chdir(os.path.join(root, name))\n    inputs = numpy.load('inputs.npy')\n{lines}\n"
@@ -87,7 +87,7 @@ def test_on_pytorch_by_the_lines_of_the_card(written, aether, tmp_path):
 def test_a_missing_package_is_named_with_its_extra(target, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=rf'--to={target} needs .*keras: pip install -e "\.\[{target}\]"'):
-        target_of(target)
+        require(target)
 
 
 @pytest.mark.parametrize("kind", RUNS)

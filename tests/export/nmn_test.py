@@ -12,7 +12,8 @@ from aether.errors import CheckError, InputError
 from aether.export import nmn as target
 from aether.export.parity import LayerParity
 from aether.export.reference import nmn_layers
-from aether.export.run import export_run, network
+from aether.export.run import export_run
+from aether.export.write import network
 from aether.testing import drawn_state, inputs_of, network_config
 
 pytest.importorskip("nmn", reason="nmn is not installed: pip install -e '.[parity]'")

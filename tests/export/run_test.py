@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,10 +12,9 @@ import pytest
 
 from aether.config import MeshConfig
 from aether.evaluate.load import load_run
-from aether.export import npz
+from aether.export import linen, run, targets
 from aether.export.bundle import parameters_of
 from aether.export.run import export_run
-from aether.export.targets import TARGETS
 from aether.parallel import make_mesh
 from launch import cli, export
 
@@ -47,13 +48,30 @@ def test_a_trained_run(kind, trained, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "deep")) == ["export"]  # nothing is left beside it
 
 
-def test_an_export_that_differs_is_marked(trained, tmp_path, monkeypatch, capsys):
-    def write(source, folder):
-        wrong = dict(source.parameters)
-        wrong["head.kernel"] = wrong["head.kernel"] * np.float32(1.01)
-        npz.write(dataclasses.replace(source, parameters=wrong), folder)
+@pytest.fixture
+def between(monkeypatch):
+    """Return between(f), which has f(folder) called when the export is written and before it is run."""
 
-    monkeypatch.setitem(TARGETS, "npz", dataclasses.replace(npz.TARGET, write=write))
+    def spoil(f):
+        whole = run.child
+
+        def child(part, to, target, made, *rest):
+            if part == "replay":
+                f(made)
+            whole(part, to, target, made, *rest)
+
+        monkeypatch.setattr(run, "child", child)
+
+    return spoil
+
+
+def test_an_export_that_differs_is_marked(trained, tmp_path, between, capsys):
+    def scale_the_head(folder):
+        with np.load(folder / "parameters.npz") as file:
+            arrays = dict(file)
+        np.savez(folder / "parameters.npz", **arrays | {"head.kernel": arrays["head.kernel"] * np.float32(1.01)})
+
+    between(scale_the_head)
     out = tmp_path / "wrong"
     assert call(f"--workdir={trained('aether')}", "--to=npz", f"--out={out}") == 3
     said = capsys.readouterr().err
@@ -63,23 +81,29 @@ def test_an_export_that_differs_is_marked(trained, tmp_path, monkeypatch, capsys
     assert "**UNVERIFIED" in (out / "README.md").read_text()
 
 
-def test_an_export_that_does_not_run_leaves_nothing(trained, tmp_path, monkeypatch, capsys):
-    def write(source, folder):
-        (folder / "numpy_model.py").write_text("")
-
-    monkeypatch.setitem(TARGETS, "npz", dataclasses.replace(npz.TARGET, write=write))
+def test_an_export_that_does_not_run_leaves_nothing(trained, tmp_path, between, capsys):
+    between(lambda folder: (folder / "parameters.npz").unlink())
     assert call(f"--workdir={trained('aether')}", "--to=npz", f"--out={tmp_path / 'broken'}") == 3
-    assert "does not run" in capsys.readouterr().err and not os.listdir(tmp_path)
+    said = capsys.readouterr().err
+    assert "does not run: FileNotFoundError" in said and not os.listdir(tmp_path)
+
+
+def test_most_targets_need_no_jax():
+    """What only runs an export must not hold JAX's memory beside that of the framework."""
+    names = [name for name in targets.NAMES if name not in ("nmn", "stablehlo")]
+    code = f"import sys; from aether.export import child, run, targets; [targets.find(name) for name in {names}]; "
+    said = subprocess.run([sys.executable, "-c", code + "print('jax' in sys.modules)"], capture_output=True, text=True)
+    assert said.stdout.strip() == "False", said.stderr
 
 
 def test_wrong_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
-    monkeypatch.setitem(TARGETS, "missing", dataclasses.replace(npz.TARGET, packages=("nowhere_at_all",), extra="some"))
     workdir, out = f"--workdir={trained('aether')}", f"--out={tmp_path / 'new'}"
+    monkeypatch.setattr(linen, "TARGET", dataclasses.replace(linen.TARGET, packages=("nowhere_at_all",), extra="some"))
     for argv, said in (
         ([workdir, "--to=caffe", out], "--to is 'caffe'; it takes one of hf, torch"),
-        ([workdir, "--to=missing", out], 'needs nowhere_at_all: pip install -e ".[some]"'),
+        ([workdir, "--to=linen", out], 'needs nowhere_at_all: pip install -e ".[some]"'),
         ([workdir, "--to=npz", f"--out={tmp_path / 'full'}"], "not empty"),
         ([workdir, "--to=npz", out, "--step=7"], "There is no checkpoint 7"),
         ([workdir, "--to=npz", out, "--data=nowhere.txt"], "nowhere.txt"),
@@ -95,11 +119,11 @@ def test_wrong_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
 def test_sharded_parameters_stay_where_they_are(trained):
     """With parameters over fsdp and tensor the arrays are the same, and none is gathered on a device."""
     whole = load_run(str(trained("aether")))
-    run = load_run(str(trained("aether")), mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
-    spread = [v for v in jax.tree.leaves(run.params) if not v.sharding.is_fully_replicated]
+    sharded = load_run(str(trained("aether")), mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
+    spread = [v for v in jax.tree.leaves(sharded.params) if not v.sharding.is_fully_replicated]
     assert len(spread) >= 5
     with jax.transfer_guard_device_to_device("disallow"):
-        found = parameters_of(run.config, run.params)
+        found = parameters_of(sharded.config, sharded.params)
     for name, value in parameters_of(whole.config, whole.params).items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 

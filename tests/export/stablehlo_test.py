@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from aether.export.reference import stablehlo_model
-from aether.export.run import export_run, network
+from aether.export.run import export_run
+from aether.export.write import network
 from aether.testing import NETWORKS, drawn_state, network_config
 
 SOME = ["aether_plain", "gpt2_dot_yat", "minibert_linear", "bert", "aether_vit", "aether_resnet", "resnet"]

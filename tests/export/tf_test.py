@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from aether.export.run import export_run
-from aether.export.targets import TARGETS
+from aether.export.targets import find
 from aether.testing import NETWORKS, TEXTS, inputs_of, network_config
 
 pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, TARGETS["tf"].packages)),
+    not all(map(importlib.util.find_spec, find("tf").packages)),
     reason="TensorFlow is not installed: pip install -e '.[tf]'",
 )
 FEW = {name: "float32" for name in ("gpt2", "aether", "aether_vit", "aether_resnet_deep", "resnet")}
@@ -44,7 +44,7 @@ def saved(written, aether, tmp_path):
                 np.save(work / f"inputs-{k:03}.npy", batch)
                 wanted[name, k] = aether(name, dtype)(batch)
         command = [sys.executable, "-c", SCRIPT, *(str(tmp_path / name) for name in names)]
-        environment = os.environ | TARGETS["tf"].environment
+        environment = os.environ | find("tf").environment
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [
