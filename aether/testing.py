@@ -96,8 +96,27 @@ def tiny_images(folder: Path, count: int = 96, side: int = 8, classes: int = 3) 
     return path
 
 
+def tiny_run(kind: str, folder: Path) -> Config:
+    """Return the config of a run of 30 steps on data that it makes in `folder`: enough to have learned something."""
+    images = kind in ("aether_resnet", "resnet", "aether_vit", "vit")
+    model: dict[str, Any] = dict(kind=kind, dtype="float32")
+    model |= dict(stages="1,1", width=8) if kind.endswith("resnet") else dict(layers=2, heads=2, width=16)
+    path = str(tiny_images(folder) if images else tiny_text(folder))
+    data = dict(path=path, context=16, batch_size=8, workers=0) | ({} if images else dict(tokenizer="chars"))
+    return build(
+        dict(
+            model=model,
+            data=data,
+            optim=dict(learning_rate=1e-2, warmup_steps=2),
+            train=dict(steps=30, eval_every=30, sample_tokens=0),
+            checkpoint=dict(every=30),
+        )
+    )
+
+
 _TEXT_MODEL = dict(layers=2, heads=4, width=16, hidden=24, dtype="float32", vocab_multiple=16)
 _IMAGE_MODEL = dict(dtype="float32")
+
 
 # Each family, and each part turned at least once: what an export has to reproduce.
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Measure what an export costs: seconds, CPU seconds, and the most memory that its processes hold at once.
 
-python tools/measure_export.py --workdir=runs/quickstart --to=torch --out=exports/measured
+python -m tools.measure_export --workdir=runs/quickstart --to=torch --out=exports/measured
 """
 
 import json

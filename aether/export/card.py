@@ -93,7 +93,7 @@ def card_of(
         "",
         "## Use",
         "",
-        *((_input(facts), "") if "inputs" in to.use else ()),
+        *((_input(facts, to), "") if "inputs" in to.use else ()),
         "```python",
         to.use,
         "```",
@@ -112,12 +112,13 @@ def _shape(facts: dict[str, Any]) -> str:
     return f"{sizes}, {facts['attention']} attention, {facts['mlp']} MLP, normalisation: {facts['norm']}"
 
 
-def _input(facts: dict[str, Any]) -> str:
+def _input(facts: dict[str, Any], to: Target) -> str:
     if "classes" not in facts:
         return f"`inputs` are ids (rows, length), up to {facts['context']} a row."
-    side = facts["image_size"]
+    side, channels = facts["image_size"], facts["channels"]
+    shape = (channels, side, side) if to.channels_first else (side, side, channels)
     return (
-        f"`inputs` are images (rows, {side}, {side}, {facts['channels']}), "
+        f"`inputs` are images (rows, {', '.join(map(str, shape))}), "
         f"(pixels / 255 − {facts['mean']:.6g}) / {facts['std']:.6g}; `classes.json` names the classes."
     )
 

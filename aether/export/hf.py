@@ -114,10 +114,11 @@ TARGET = Target(
     use=(
         "from transformers import AutoModelForCausalLM  # or whose name is in config.json, auto_map\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)\n'
-        "logits = model(inputs).logits  # images as (rows, channels, side, side)"
+        "logits = model(inputs).logits"
     ),
     packages=("torch", "safetensors", "transformers", "tokenizers"),
     extra="hf",
+    channels_first=True,
     environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     read=read,
 )

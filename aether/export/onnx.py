@@ -64,8 +64,9 @@ TARGET = Target(
     use=(
         "from onnxruntime import InferenceSession\n\n"
         'session = InferenceSession("model.onnx")\n'
-        '(logits,) = session.run(None, {"inputs": inputs})  # int64, or images as (rows, channels, side, side)'
+        '(logits,) = session.run(None, {"inputs": inputs})  # ids as int64'
     ),
     packages=("torch", "safetensors", "onnx", "onnxruntime", "onnxscript"),
     extra="onnx",
+    channels_first=True,
 )

@@ -88,7 +88,7 @@ def export_run(
 def child(part: str, to: Target, target: str, made: Path, work: Path, log: Callable[[str], None] | None = None) -> None:
     """Run a part of an export in a process of its own; `log` takes what it prints."""
     command = [sys.executable, "-m", "aether.export.child", part, target, str(made), str(work)]
-    where = os.environ | _GIVE_BACK | (dict(JAX_PLATFORMS="cpu") if part == "write" else to.environment)
+    where = {**os.environ, **_GIVE_BACK, **(dict(JAX_PLATFORMS="cpu") if part == "write" else to.environment)}
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             assert process.stdout is not None

@@ -62,6 +62,7 @@ class Target:
       packages: what must be importable.
       extra: of pyproject.toml, which brings them.
       environment: of those processes.
+      channels_first: whether its images are (rows, channels, height, width), and not with the channels last.
       ours: ours(source, batches) yields what `replay` is given and what it should yield, where that is not the inputs
         and Aether's logits.
       compare: compare(folder, pairs of ours and theirs) judges them.
@@ -78,6 +79,7 @@ class Target:
     packages: tuple[str, ...] = ()
     extra: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    channels_first: bool = False
     read: Callable[[Path], Parameters | None] | None = None
     ours: Ours | None = None
     compare: Callable[[Path, Pairs], Verdict] = compare_logits

@@ -85,11 +85,9 @@ TARGET = Target(
     "model.safetensors and the network in PyTorch",
     write,
     replay,
-    use=(
-        'from torch_model import load\n\nnetwork = load(".")\n'
-        "logits = network(inputs)  # images as (rows, channels, side, side)"
-    ),
+    use='from torch_model import load\n\nnetwork = load(".")\nlogits = network(inputs)',
     packages=("torch", "safetensors"),
     extra="torch",
+    channels_first=True,
     read=read,
 )

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aether.config import Pictures, build
+from aether.config import Pictures
 from aether.data.images.load import Labels
 from aether.data.tokenizers import chars_tokenizer
 from aether.export.bundle import facts_of, parameters_of
 from aether.export.source import DTYPES, Source
 from aether.export.targets import find
 from aether.export.write import network, write_files
-from aether.testing import drawn_state, inputs_of, network_config, tiny_images, tiny_text
+from aether.testing import drawn_state, inputs_of, network_config, tiny_run
 from aether.train.loop import train
 
 
@@ -114,23 +114,7 @@ def trained(tmp_path_factory):
     @functools.cache
     def run(kind):
         folder = tmp_path_factory.mktemp(kind)
-        images = kind in ("aether_resnet", "resnet", "aether_vit", "vit")
-        model = dict(kind=kind, dtype="float32")
-        model |= dict(stages="1,1", width=8) if kind.endswith("resnet") else dict(layers=2, heads=2, width=16)
-        path = str(tiny_images(folder) if images else tiny_text(folder))
-        data = dict(path=path, context=16, batch_size=8) | ({} if images else dict(tokenizer="chars"))
-        train(
-            build(
-                dict(
-                    model=model,
-                    data=data | dict(workers=0),
-                    optim=dict(learning_rate=1e-2, warmup_steps=2),
-                    train=dict(steps=30, eval_every=30, sample_tokens=0),
-                    checkpoint=dict(every=30),
-                )
-            ),
-            str(folder / "run"),
-        )
+        train(tiny_run(kind, folder), str(folder / "run"))
         return folder / "run"
 
     return run

@@ -1,4 +1,4 @@
-"""Networks in Keras: all of them on JAX in this process, some on PyTorch, and whole runs by the driver."""
+"""Networks in Keras: all of them on JAX in this process, some on PyTorch."""
 
 import os
 import shutil
@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 from aether.errors import InputError
-from aether.export.run import export_run
 from aether.export.targets import find, require
 from aether.testing import NETWORKS, inputs_of, network_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 ON_TORCH = ["gpt2", "minibert_linear", "aether_vit", "aether_resnet_deep", "resnet_deep"]
-RUNS = ["aether", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt2", "bert", "aether_vit", "aether_resnet"))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +30,7 @@ def keras():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_logits(name, exported):
     folder, _, wanted, got = exported(name, "keras")
-    assert wanted.std() > 1e-3
+    assert wanted.std() > 1e-3 and not (folder / "parameters.npz").exists()
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max())
     names = {file.name for file in folder.iterdir()}
     assert {"config.json", "keras_model.py", "network.keras"} < names | {""} and "parameters.npz" not in names
@@ -88,10 +86,3 @@ def test_a_missing_package_is_named_with_its_extra(target, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=rf'--to={target} needs .*keras: pip install -e "\.\[{target}\]"'):
         require(target)
-
-
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_run(kind, trained, tmp_path):
-    parity = export_run(str(trained(kind)), "keras", str(tmp_path / "out"), log=lambda line: None)
-    assert parity.holds and parity.inputs == 64
-    assert not (tmp_path / "out/parameters.npz").exists()

@@ -1,5 +1,6 @@
 """The way back: a run made of an export scores the same, and trains on."""
 
+import functools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ def quiet(line):
 def export(trained, tmp_path_factory):
     """Return export(kind) -> the folder of a run's export to npz."""
 
+    @functools.cache
     def made(kind):
         out = tmp_path_factory.mktemp("exports") / kind
         export_run(str(trained(kind)), "npz", str(out), log=quiet)
@@ -92,6 +94,7 @@ def test_wrong_input_is_one_sentence(export, tmp_path, monkeypatch, capsys):
         assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "target"), [("gpt2", "gpt2"), ("aether", "torch"), ("aether_vit", "hf")])
 def test_other_targets_are_read_back(kind, target, trained, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from aether.export.bundle import parameters_of
-from aether.export.run import export_run
 from aether.export.torch import parameters_from_torch, to_tensor
 from aether.testing import NETWORKS, TEXTS, drawn_state, inputs_of, network_config
 
@@ -105,11 +104,3 @@ def test_parameters_come_back(name, written):
     assert wanted.keys() == got.keys()
     for key, value in wanted.items():
         np.testing.assert_array_equal(got[key], value, err_msg=key)
-
-
-def test_a_run(trained, tmp_path):
-    parity = export_run(str(trained("aether")), "torch", str(tmp_path / "out"), log=lambda line: None)
-    assert parity.holds and parity.inputs >= 64
-    assert {"config.json", "model.safetensors", "torch_model.py", "README.md"} <= {
-        p.name for p in (tmp_path / "out").iterdir()
-    }
