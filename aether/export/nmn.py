@@ -7,38 +7,27 @@ Aether's own layer, which is float32.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from aether.config import build
 from aether.errors import InputError
+from aether.explain.layers import Seen, seen
 from aether.export.bundle import portable, state_of
 from aether.export.parity import LayerParity, Pairs
 from aether.export.reference import numpy_model
 from aether.export.source import Source, Target
 from aether.models import describe_model
-from aether.nn import YatAttention, YatConv2D, YatLinearAttention, YatMLP, YatNMN
+from aether.nn import YatAttention, YatConv2D, YatLinearAttention, YatNMN
 from aether.nn.nmn import to_nmn
 
 FRAMEWORKS = ("nnx", "torch")
 LAYERS = "layers.json"
 _LAYERS = Path(__file__).parent / "reference" / "nmn_layers.py"
-_RECORDED = (YatNMN, YatConv2D, YatMLP, YatAttention, YatLinearAttention)
-
-
-class Seen(NamedTuple):
-    """A layer of a network, what it was given in a forward pass, and what it made of that."""
-
-    layer: Any
-    x: np.ndarray
-    y: np.ndarray
 
 
 def write(source: Source, folder: Path) -> None:
@@ -52,14 +41,14 @@ def write(source: Source, folder: Path) -> None:
     layers: dict[str, dict[str, Any]] = {}
     left_out: dict[str, dict[str, str]] = {}
     states: dict[str, dict[str, np.ndarray]] = {framework: {} for framework in FRAMEWORKS}
-    for name, seen in seen_layers(source, np.zeros((1, 1), np.int32) if x is None else x).items():
+    for name, one in seen_layers(source, np.zeros((1, 1), np.int32) if x is None else x).items():
         for framework in FRAMEWORKS:
-            if reason := missing(seen.layer, framework):
+            if reason := missing(one.layer, framework):
                 left_out.setdefault(name, {})[framework] = reason
                 continue
-            parts = heads_of(seen.layer) if isinstance(seen.layer, YatAttention) else [seen.layer]
+            parts = heads_of(one.layer) if isinstance(one.layer, YatAttention) else [one.layer]
             made = constructor(parts[0], framework) | dict(parts=len(parts))
-            made |= dict(causal=f.get("causal", False)) if isinstance(seen.layer, YatAttention) else {}
+            made |= dict(causal=f.get("causal", False)) if isinstance(one.layer, YatAttention) else {}
             layers.setdefault(name, {})[framework] = made
             for k, part in enumerate(parts):
                 states[framework] |= {f"{name}/{k}/{key}": a for key, a in to_nmn(part, framework).items()}
@@ -139,58 +128,7 @@ def seen_layers(source: Source, x: np.ndarray) -> dict[str, Seen]:
     """Return the ⵟ layers of a network by name, with what each is given when the network is given x."""
     config = portable(build(source.record["config"]))
     graph, *shapes = describe_model(config)
-    state = state_of(config, nnx.merge_state(*shapes), source.parameters)
-    graphs: list[nnx.GraphDef] = []
-
-    @jax.jit
-    def run(state: nnx.State, x: jax.Array) -> list[tuple]:
-        model: Any = nnx.merge(graph, state)
-        with jax.disable_jit(), _recorded() as seen:  # so that the loop over blocks is one of Python's
-            model(x)
-        graphs.extend(nnx.graphdef(layer) for layer, *_ in seen)
-        return [(nnx.state(layer), *arrays) for layer, *arrays in seen]
-
-    with jax.default_matmul_precision("highest"):
-        seen = jax.device_get(run(state, jnp.asarray(x)))
-    layers = [Seen(nnx.merge(graph, state), *arrays) for graph, (state, *arrays) in zip(graphs, seen, strict=True)]
-    return dict(zip(_names(source.facts), layers, strict=True))
-
-
-def _names(f: dict[str, Any]) -> list[str]:
-    """Return the names of the ⵟ layers in the order in which they are called."""
-    names = []
-    if f["family"] == "resnet" and f["units"] == "yat":
-        names = [f"stages.{s}.{k}.hidden" for s, blocks in enumerate(f["stages"]) for k in range(blocks)]
-    for k in range(f.get("layers", 0)):
-        names += [f"blocks.{k}.attention"] * f["attention"].startswith("yat")
-        names += [f"blocks.{k}.mlp.hidden"] * (f["mlp"] == "yat")
-    return names + ["head"] * (f["head"] == "yat")
-
-
-@contextmanager
-def _recorded() -> Iterator[list[tuple]]:
-    """Note what ⵟ layers are called with, in the order of the calls."""
-    seen: list[tuple] = []
-    calls: dict[type, Callable] = {kind: kind.__call__ for kind in _RECORDED}
-
-    def noting(call: Callable) -> Callable:
-        def noted(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
-            y = call(self, x, *args, **kwargs)
-            if isinstance(self, YatMLP):  # which is one with the map behind it
-                seen.append((self.hidden, x, calls[YatNMN](self.hidden, x)))
-            else:
-                seen.append((self, x, y[0] if isinstance(y, tuple) else y))
-            return y
-
-        return noted
-
-    for kind in _RECORDED:
-        kind.__call__ = noting(calls[kind])  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        for kind in _RECORDED:
-            kind.__call__ = calls[kind]  # type: ignore[method-assign]
+    return seen(nnx.merge(graph, state_of(config, nnx.merge_state(*shapes), source.parameters)), x)
 
 
 def ours(source: Source, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
