@@ -55,6 +55,48 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         raise StorageError(f"Cannot write {path}: {REASONS[e.errno]}; {cure}, then run the same command again.") from e
 
 
+def new_folder(path: str, flag: str) -> Path:
+    """Return the whole path of a folder that is to be made.
+
+    Raises:
+      InputError: it is remote, or is there and not an empty folder, or is a link or a mounted volume.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(path)))
+    if "://" in path or folder.is_symlink() or folder.is_mount():
+        raise InputError(f"--{flag} is {path}; give a new local folder, not a remote one, a link or a volume.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--{flag} is {path}, which is there and not empty; give a new folder.")
+    return folder
+
+
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder on the disk of one that is to be made; it goes, as do parents made for it and not used."""
+    made = [p for p in folder.parents if not p.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            yield Path(scratch)
+    finally:
+        for parent in made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def take_place(made: Path, folder: Path) -> None:
+    """Move a folder to its place, where there is nothing or an empty folder.
+
+    Raises:
+      InputError: there is something meanwhile.
+    """
+    try:
+        made.rename(folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise InputError(f"{folder} is not empty any more, and stays as it is; give a new folder.") from e
+
+
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
     """Replace a file whole by these parts: after a crash there is the old content or the new one, never a piece.
 

@@ -140,7 +140,7 @@ def _quieten_writers() -> None:
 def describe(error: BaseException, debug: bool = False) -> tuple[str, int]:
     """Return what happened, in one line, and the exit code that goes with it."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was saved since the last checkpoint.", 1
+        return "interrupted; of a run that trains, what came after its last checkpoint is not saved.", 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
         return f"error: {error.code}" if code != error.code else f"ended with exit code {code}.", code

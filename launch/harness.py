@@ -32,7 +32,7 @@ def main(args: flags.FlagValues, words: list[str]) -> None:
     model = dict(workdir=workdir, average=args.average) | ({} if args.step is None else dict(step=args.step))
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm_eval", "run", "--model", "aether", "--model_args", json.dumps(model)]
+    sys.argv = ["lm_eval", "--model", "aether", "--model_args", json.dumps(model)]
     sys.argv += words[1:] if words[:1] == ["run"] else words
     cli_evaluate()
 

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from aether import storage
-from aether.errors import StorageError
+from aether.errors import InputError, StorageError
 from aether.storage import REASONS, DamagedError, storage_errors, write_atomic
 
 
@@ -119,3 +119,28 @@ def test_lack_of_memory_is_neither(error):
 def test_errors_fit_on_a_line():
     assert storage.one_line(ValueError("a\n  b")) == "a b" and storage.one_line(KeyError()) == "KeyError"
     assert storage.one_line(ValueError("x" * 300)) == "x" * 200 + "..."
+
+
+def test_a_new_folder_takes_its_place_whole_or_not_at_all(tmp_path):
+    folder = storage.new_folder(str(tmp_path / "a/b/new"), "out")
+    with storage.beside(folder) as scratch:
+        (scratch / "made").mkdir()
+        (scratch / "made/file").write_text("mine")
+        storage.take_place(scratch / "made", folder)
+    assert (folder / "file").read_text() == "mine" and os.listdir(folder.parent) == ["new"]
+    with pytest.raises(RuntimeError), storage.beside(tmp_path / "c/d/new"):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["a"]
+    with storage.beside(folder) as scratch, pytest.raises(InputError, match="is not empty any more"):
+        (scratch / "other").mkdir()
+        storage.take_place(scratch / "other", folder)
+    assert (folder / "file").read_text() == "mine"
+
+
+def test_what_is_no_new_folder(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    for path, said in (("full", "not empty"), ("full/file", "not empty"), ("link", "a link"), ("s3://a/b", "remote")):
+        with pytest.raises(InputError, match=f"--out is .*{said}"):
+            storage.new_folder(path if "://" in path else str(tmp_path / path), "out")

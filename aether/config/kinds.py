@@ -67,14 +67,14 @@ REMAT_NAMES = ("query", "key", "value", "attention", "product", "hidden")
 # multiple of it, of ResNets half of it: measured at the smallest, carried over to the other sizes.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "gpt": {"tiny": 3e-3, "124m": 6e-4, "350m": 3e-4, "774m": 2.5e-4, "1.5b": 2e-4},
-    "bert": {"tiny": 3e-3, "mini": 1e-3, "small": 6e-4, "medium": 6e-4, "base": 4e-4},
+    "bert": {"tiny": 4e-3, "mini": 1e-3, "small": 6e-4, "medium": 6e-4, "base": 4e-4},
     "vit": {"ti": 1e-3, "s": 1e-3, "b": 6e-4},
     "resnet": {"18": 6e-3, "34": 6e-3, "50": 6e-3, "101": 4e-3},
 }
 RATE_FACTORS = {
     "aether": 2.0,
     "gpt2": 1.0,
-    "minibert": 2.0,
+    "minibert": 1.0,
     "bert": 1.0,
     "aether_vit": 2.0,
     "vit": 1.0,

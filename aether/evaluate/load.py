@@ -82,7 +82,7 @@ def load_run(workdir: str, step: int | None = None, *, mesh: Mesh | None = None,
     images = config.model.task == "classify"
     tokenizer = None if images else restore_tokenizer(str(folder.local / TOKENIZER))
     labels = Labels.restore(str(folder.local)) if images else None
-    mesh = mesh or _mesh(config.mesh)
+    mesh = mesh or mesh_of(config.mesh)
     graph, *shapes = describe_model(config)
     params, extras = (placed(part, mesh, config.mesh) for part in shapes)
     if count:
@@ -134,7 +134,8 @@ def _config(folder: Workdir) -> Config:
         raise InputError(f"{folder.path}/config.json is not the record of a run that this Aether can read: {e}") from e
 
 
-def _mesh(c: MeshConfig) -> Mesh:
+def mesh_of(c: MeshConfig) -> Mesh:
+    """Make the mesh of a run, or one of all devices here along data where that does not fit them."""
     try:
         return make_mesh(c)
     except InputError:  # trained on another number of devices

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from aether.evaluate.load import Run
 
 _TAGS = {"lm": "text-generation", "mlm": "fill-mask", "classify": "image-classification"}
+_AVERAGES = {"none": "no: as trained", "ema": "the moving average over training"}
 _DOES = {"lm": "continues text", "mlm": "fills in masked text", "classify": "tells images apart"}
 
 
@@ -31,22 +32,34 @@ def record_of(run: "Run", dtype: str, parameters: int, licence: str) -> dict[str
         license=licence,
         parameters=parameters,
         seen={run.config.unit: run.step * run.config.per_step},
-        results=_results(folder, run.step),
+        results=_results(folder, run),
         **{k: began.get(k) for k in ("data_fingerprint", "versions", "git")},
     )
 
 
-def _results(folder: Workdir, step: int) -> dict[str, dict[str, Any]]:
+def _results(folder: Workdir, run: "Run") -> dict[str, dict[str, Any]]:
+    """Return the scores of these parameters: those that training found, if it scored the same average, and of tasks."""
     found: dict[str, dict[str, Any]] = {}
     path = folder.local / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        scores = json.loads(line)
-        if scores["split"] != "train" and scores["step"] <= step:
+    scored = run.average == ("ema" if run.config.train.ema else "none")
+    for scores in map(_loaded, path.read_bytes().split(b"\n") if scored and path.exists() else ()):
+        if scores and scores["split"] != "train" and scores["step"] <= run.step:
             found[scores["split"]] = {k: v for k, v in scores.items() if k != "split"}
-    for file in sorted((folder.local / "evaluation").glob(f"*-{step}.json")):  # of tasks
-        scores = json.loads(file.read_text(encoding="utf-8"))
-        found[file.stem.removesuffix(f"-{step}")] = {k: v for k, v in scores.items() if not k.endswith("_stderr")}
+    for file in sorted((folder.local / "evaluation").glob(f"*-{run.step}.json")):
+        scores = _loaded(file.read_bytes())
+        if scores and scores.get("average") == run.average:
+            kept = {k: v for k, v in scores.items() if not k.endswith("_stderr")}
+            found[file.stem.removesuffix(f"-{run.step}")] = kept
     return found
+
+
+def _loaded(line: bytes) -> dict[str, Any] | None:
+    """Return a record, or None of a line that a killed run has left unfinished."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def card_of(
@@ -76,11 +89,16 @@ def card_of(
             ("network", _shape(facts)),
             ("trained on", f"{trained_on}: {seen:,} {unit} in {record['step']:,} steps"),
             ("parameters", f"{record['parameters']:,} in {record['dtype']}"),
+            ("averaged", _AVERAGES.get(record["average"], f"the mean of checkpoints, {record['average']}")),
             ("licence", record["license"]),
         ],
     )
     lines += ["", "## Results", ""]
-    scores = [(name, k, f"{v:.4g}") for name, found in record["results"].items() for k, v in _numbers(found)]
+    scores = [
+        (name if found["step"] == record["step"] else f"{name}, step {found['step']:,}", k, f"{v:.4g}")
+        for name, found in record["results"].items()
+        for k, v in _numbers(found)
+    ]
     lines += _table(("data", "score", ""), scores) if scores else ["The run was not evaluated."]
     what, rows = parity.checked()
     lines += [

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from aether.data.corpus import TOKENIZER
 from aether.data.images.load import CLASSES
 from aether.data.tokenizers import load_tokenizer, save_tokenizer
 from aether.errors import InputError
+from aether.evaluate.load import mesh_of
 from aether.export import gpt2
 from aether.export.bundle import state_of
 from aether.export.source import CONFIG, FORMAT
 from aether.export.targets import parameters_in
 from aether.models import describe_model
-from aether.parallel import make_mesh, shardings
-from aether.storage import storage_errors
+from aether.parallel import shardings
+from aether.storage import beside, new_folder, storage_errors, take_place
 from aether.train.setup import describe_state
 from aether.train.step import TrainState, init_state
 from aether.workdir import CHECKPOINTS
@@ -50,9 +50,7 @@ def load_export(folder: str, workdir: str, *, tokenizer: str = "", log: Callable
         something in it.
       StorageError: `workdir` cannot be written.
     """
-    target = Path(os.path.abspath(os.path.expanduser(workdir)))
-    if "://" in workdir or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise InputError(f"--workdir is {workdir}; give a new local folder.")
+    folder, target = os.path.expanduser(folder), new_folder(workdir, "workdir")
     record = _record(Path(folder), tokenizer)
     try:
         config = build(record["config"])
@@ -60,9 +58,8 @@ def load_export(folder: str, workdir: str, *, tokenizer: str = "", log: Callable
         raise InputError(f"{folder}/{CONFIG} does not describe a run that this Aether can build: {e}") from e
     state = _state(config, parameters_in(Path(folder)), record["step"])
     with storage_errors(workdir):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            made = Path(scratch) / "run"
+        with beside(target) as scratch:
+            made = scratch / "run"
             made.mkdir()
             _copy(Path(folder), made, config, tokenizer)
             known = {k: record.get(k) for k in ("data_fingerprint", "versions", "git")}
@@ -70,8 +67,7 @@ def load_export(folder: str, workdir: str, *, tokenizer: str = "", log: Callable
             checkpoints = Checkpoints(str(made / CHECKPOINTS), config.checkpoint, log=log)
             checkpoints.save(record["step"], state, meta={})
             checkpoints.close()
-            shutil.rmtree(target, ignore_errors=True)
-            made.rename(target)
+            take_place(made, target)
     log(f"step {record['step']} of {folder} is in {workdir}")
     return record["step"]
 
@@ -110,7 +106,7 @@ def _state(config: Config, parameters: Mapping[str, np.ndarray], step: int) -> T
     """Return the state of training with these parameters, spread over the devices here."""
     _, *shapes = describe_model(config)
     params, extras = nnx.split_state(state_of(config, nnx.merge_state(*shapes), parameters), nnx.Param, ...)
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_of(config.mesh)
     _, _, like = describe_state(config, mesh)
 
     def make(params: nnx.State, extras: nnx.State) -> TrainState:

@@ -1,7 +1,7 @@
 """To nmn: every ⵟ layer of a network as one of that package's, in nnx and torch, and run by code not written here.
 
-What is compared is layers and not logits, each on what it is given in Aether's forward pass of the first batch, and nmn
-in float64. A layer has two numbers: how far nmn is from the formula in float64, as `numpy_model` has it, and from
+What is compared is layers and not logits, each on what it is given in Aether's forward pass of all inputs (of texts
+the first ids, float64 numbers take much room), and nmn in float64. A layer has two numbers: how far nmn is from the formula in float64, as `numpy_model` has it, and from
 Aether's own layer, which is float32.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from aether.config import build
-from aether.errors import InputError
+from aether.errors import CheckError, InputError
 from aether.explain.layers import Seen, seen
 from aether.export.bundle import portable, state_of
 from aether.export.parity import LayerParity, Pairs
@@ -27,6 +27,7 @@ from aether.nn.nmn import to_nmn
 
 FRAMEWORKS = ("nnx", "torch")
 LAYERS = "layers.json"
+_POSITIONS = 8  # of each text
 _LAYERS = Path(__file__).parent / "reference" / "nmn_layers.py"
 
 
@@ -135,7 +136,8 @@ def ours(source: Source, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray
     """Yield what each layer is given, and what it makes of it twice: in Aether, and by the formula in float64."""
     f = source.facts
     p = {name: np.asarray(a, np.float64) for name, a in source.parameters.items()}
-    for name, (layer, x, y) in seen_layers(source, batches[0]).items():
+    inputs = np.concatenate([b[:, :_POSITIONS] if b.ndim == 2 else b for b in batches])
+    for name, (layer, x, y) in seen_layers(source, inputs).items():
         frameworks = [framework for framework in FRAMEWORKS if not missing(layer, framework)]
         if not frameworks:
             continue
@@ -161,15 +163,17 @@ def replay(folder: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def compare(folder: Path, pairs: Pairs) -> LayerParity:
     """Compare layer by layer."""
     found: dict[str, dict[str, Any]] = {}
+    inputs = 0
     for (name, framework), (ours, theirs) in zip(_cases(folder), pairs, strict=True):
+        inputs = len(theirs)
         formula, aether = (_relative(a, theirs) for a in ours)
         found.setdefault(name, {})[framework] = dict(formula=formula, aether=aether)
-    return LayerParity(found, json.loads((folder / LAYERS).read_text(encoding="utf-8"))["left_out"])
+    return LayerParity(inputs, found, json.loads((folder / LAYERS).read_text(encoding="utf-8"))["left_out"])
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     if ours.shape != theirs.shape:
-        raise ValueError(f"Aether's layer gives {ours.shape}, and nmn's {theirs.shape}.")
+        raise CheckError(f"Aether's layer gives {ours.shape}, and nmn's {theirs.shape}.")
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from aether.errors import CheckError
+
 BOUND = 1e-4  # largest difference of two logits
 _ROWS = 32  # predictions compared at a time: float64 logits of a whole text are larger than its network
 LAYER_BOUNDS = dict(formula=1e-6, aether=5e-6)  # relative, of float64 and of float32 numbers
@@ -87,10 +89,12 @@ class LayerParity:
     """Layers of two implementations on the same inputs.
 
     Attributes:
+      inputs: sequences or images.
       differences: ‖a − b‖/‖b‖ by layer, framework and what is compared with it, a key of `LAYER_BOUNDS`.
       left_out: why a framework does not have a layer, by layer and framework.
     """
 
+    inputs: int
     differences: dict[str, dict[str, dict[str, float]]]
     left_out: dict[str, dict[str, str]]
 
@@ -110,7 +114,7 @@ class LayerParity:
             for name, layer in self.differences.items()
         }
         largest = {f"max_{what}_difference": _finite(self.largest(what)) for what in LAYER_BOUNDS}
-        found: dict[str, Any] = dict(verified=self.holds, **largest, bounds=LAYER_BOUNDS)
+        found: dict[str, Any] = dict(verified=self.holds, inputs=self.inputs, **largest, bounds=LAYER_BOUNDS)
         return found | dict(layers=layers, left_out=self.left_out)
 
     def verdict(self, target: str) -> str:
@@ -120,7 +124,10 @@ class LayerParity:
 
     def checked(self) -> tuple[str, list[tuple[str, str, str]]]:
         """Return what was compared, and rows of what, measured, allowed."""
-        what = "Each layer here, in float64, on what it is given in Aether's pass through real inputs (`parity.json`):"
+        what = (
+            f"Each layer here, in float64, on what it is given in Aether's pass through {self.inputs} real inputs "
+            "(`parity.json`):"
+        )
         rows = [
             (f"largest relative difference from {name}", f"{self.largest(key):.1e}", f"{LAYER_BOUNDS[key]:.0e}")
             for key, name in (("formula", "the formula in float64"), ("aether", "Aether's layer in float32"))
@@ -142,13 +149,13 @@ def compare(pairs: Pairs, bound: float = BOUND) -> Parity:
     """Compare batches of logits (b, ..., classes), Aether's first.
 
     Raises:
-      ValueError: their shapes differ.
+      CheckError: their shapes differ.
     """
     inputs = predictions = agreed = 0
     difference = divergence = 0.0
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
-            raise ValueError(f"Aether's logits are {ours.shape}, and those of the export {theirs.shape}.")
+            raise CheckError(f"Aether's logits are {ours.shape}, and those of the export {theirs.shape}.")
         inputs += len(ours)
         flat = [x.reshape(-1, x.shape[-1]) for x in (ours, theirs)]
         for start in range(0, len(flat[0]), _ROWS):

@@ -2,20 +2,21 @@
 
 import json
 import os
-import re
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from aether.errors import CheckError, InputError, retold
+from aether import storage
+from aether.errors import AetherError, CheckError, retold
 from aether.export.card import card_of
 from aether.export.parity import Verdict
-from aether.export.source import CONFIG, NOTES, Asked, Target, load_pairs
+from aether.export.source import CONFIG, ERROR, NOTES, Asked, Target, load_pairs
 from aether.export.targets import require
-from aether.storage import storage_errors
+from aether.storage import beside, new_folder, storage_errors, take_place
 
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # glibc else keeps freed arrays: a third of a network's size
 PARITY, CARD, UNVERIFIED = "parity.json", "README.md", "UNVERIFIED"
@@ -55,13 +56,10 @@ def export_run(
       CheckError: the logits differ, or the export does not run.
       StorageError: `out` cannot be written.
     """
-    to, folder = require(target), Path(os.path.abspath(os.path.expanduser(out)))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--out is {out}, which is there and not empty; give a new folder.")
+    to, folder = require(target), new_folder(out, "out")
     with storage_errors(out):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            work, made = Path(scratch) / "work", Path(scratch) / "export"
+        with beside(folder) as scratch:
+            work, made = scratch / "work", scratch / "export"
             work.mkdir()
             made.mkdir()
             Asked(workdir, step, average, dtype, data, licence, out).save(work)
@@ -78,8 +76,7 @@ def export_run(
             (made / CARD).write_text(card, encoding="utf-8")
             if not parity.holds:
                 (made / UNVERIFIED).write_text(parity.verdict(target) + "\n", encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+            take_place(made, folder)
     if not parity.holds:
         raise CheckError(f"{parity.verdict(target)} The files in {out} are marked {UNVERIFIED}.")
     return parity
@@ -89,16 +86,33 @@ def child(part: str, to: Target, target: str, made: Path, work: Path, log: Calla
     """Run a part of an export in a process of its own; `log` takes what it prints."""
     command = [sys.executable, "-m", "aether.export.child", part, target, str(made), str(work)]
     where = {**os.environ, **_GIVE_BACK, **(dict(JAX_PLATFORMS="cpu") if part == "write" else to.environment)}
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
+    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=where, stderr=errors, **pipes) as process,
+    ):
+        try:
+            for line in process.stdout or ():
                 if log is not None:
                     log(line.rstrip("\n"))
-        if not process.returncode:
-            return
-        errors.seek(0)
-        last = (errors.read().strip() or "it said nothing").splitlines()[-1]
-    ours = re.fullmatch(r"aether\.errors\.(\w+): (.*)", last)
-    error = retold(*ours.groups()) if ours else None
-    raise error or CheckError(f"The {target} export does not run: {last}")
+            process.wait()
+        except BaseException:
+            process.kill()  # before its folders go
+            raise
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read()
+            raise _told(target, work, process.returncode, said) from RuntimeError(f"it said:\n{said}")
+
+
+def _told(target: str, work: Path, code: int, said: str) -> AetherError:
+    """Return the error of a child that ended like this."""
+    if code < 0:
+        return CheckError(
+            f"The {target} export was killed ({signal.Signals(-code).name}), perhaps since memory ran out."
+        )
+    file = work / ERROR
+    if not file.exists():
+        return CheckError(f"The {target} export does not run: {(said.strip() or 'it said nothing').splitlines()[-1]}")
+    error = json.loads(file.read_text(encoding="utf-8"))
+    return retold(**error) or CheckError(f"The {target} export does not run: {storage.one_line(error['text'])}")

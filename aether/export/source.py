@@ -13,7 +13,7 @@ from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer
 from aether.export.parity import Pairs, Verdict, compare_logits
 
-CONFIG = "config.json"
+CONFIG, ERROR = "config.json", "error.json"
 FORMAT = 1  # of the facts and names of an export
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Parameters = dict[str, np.ndarray]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,8 @@ def network(config: Config, model: Callable, x: jax.Array) -> jax.Array:
 
 def _logits(run: Run, dtype: str, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each batch and its float32 logits, the network's parameters rounded to `dtype`."""
-    config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, dtype="float32"))
+    plain: dict[str, Any] = dict(dtype="float32", attention_impl="auto")  # flash may have no kernel for CPUs
+    config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, **plain))
     graph, *_ = describe_model(config)
 
     @jax.jit
@@ -77,18 +79,20 @@ def _logits(run: Run, dtype: str, batches: list[np.ndarray]) -> Iterator[tuple[n
 
 
 def _inputs(run: Run, data: str | None) -> list[np.ndarray]:
-    """Return `INPUTS` real inputs of the run's validation data, in batches: ids, or normalised images."""
+    """Return real inputs of the run's validation data, in batches: `INPUTS` rows of ids, or as many images at most."""
     name, examples = validation_examples(run, data)
     if len(examples) < 1:
         raise InputError(f"{name} has nothing to compare the export on; name other data by --data.")
-    picked = [examples[k % len(examples)] for k in range(INPUTS)]
+    picked = [examples[k] for k in range(min(INPUTS, len(examples)))]
     if run.labels is not None:
         image = run.config.image
         pixels = np.stack([e["images"] for e in picked]).astype(np.float32)
         return _batches((pixels / 255 - np.float32(image.mean)) / np.float32(image.std))
     tokens = np.stack([e["tokens"] for e in picked])[:, : run.config.data.context].astype(np.int32)
-    longest = [] if tokens.shape[1] <= POSITIONS else [tokens[:1]]
-    return _batches(tokens[:, :POSITIONS]) + longest
+    length = min(POSITIONS, tokens.shape[1])
+    starts = [int(s) for s in np.linspace(0, tokens.shape[1] - length, -(-INPUTS // len(tokens)))]  # few are cut often
+    rows = np.concatenate([tokens[:, s : s + length] for s in starts])[:INPUTS]
+    return _batches(rows) + ([] if tokens.shape[1] <= POSITIONS else [tokens[:1]])
 
 
 def _batches(rows: np.ndarray) -> list[np.ndarray]:

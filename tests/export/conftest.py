@@ -85,7 +85,8 @@ def exported(finished):
 
 def _source(config, state, dtype):
     """Make what a target is written from, with as short a record as there can be."""
-    record = dict(config=config.to_json(), step=0, dtype=dtype, license="unknown", parameters=0, seen={}, results={})
+    record = dict(config=config.to_json(), step=0, dtype=dtype, average="none", license="unknown", parameters=0)
+    record |= dict(seen={}, results={})
     facts, parameters = facts_of(config), parameters_of(config, state, dtype)
     if config.model.task != "classify":
         return Source(facts, parameters, dtype, chars_tokenizer("abcdefghijklmnopqrstuvwxyz .,'\n"), None, record)

@@ -55,6 +55,14 @@ def test_a_run_comes_back(kind, trained, export, tmp_path):
     assert load_run(str(again)).step == 34
 
 
+def test_a_mesh_that_does_not_fit_this_machine(export, tmp_path):
+    folder = shutil.copytree(export("aether"), tmp_path / "export")
+    content = json.loads((folder / "config.json").read_text())
+    content["aether"]["config"]["mesh"]["fsdp"] = 3
+    (folder / "config.json").write_text(json.dumps(content))
+    assert load_export(str(folder), str(tmp_path / "again"), log=quiet) == 30
+
+
 def test_an_exported_import_is_the_same_export(export, tmp_path):
     first = export("aether")
     load_export(str(first), str(tmp_path / "again"), log=quiet)
@@ -79,7 +87,7 @@ def test_wrong_input_is_one_sentence(export, tmp_path, monkeypatch, capsys):
     before = sorted(os.listdir(tmp_path))
     capsys.readouterr()
     for source, workdir, said in (
-        (folder, "full", "give a new local folder"),
+        (folder, "full", "not empty; give a new folder"),
         (folder, "s3://bucket/run", "give a new local folder"),
         (tmp_path / "nowhere", "new", "is no export of Aether's: it has no config.json"),
         (newer, "new", "of format 99"),

@@ -91,7 +91,7 @@ def test_a_network_without_such_layers_is_refused(name, said, source_of, tmp_pat
 
 
 def test_numbers_that_are_not_finite_do_not_hold():
-    parity = LayerParity({"head": {"nnx": dict(formula=float("nan"), aether=0.0)}}, {})
+    parity = LayerParity(64, {"head": {"nnx": dict(formula=float("nan"), aether=0.0)}}, {})
     assert not parity.holds and parity.record()["max_formula_difference"] is None
     json.dumps(parity.record(), allow_nan=False)
 

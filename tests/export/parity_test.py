@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from aether.errors import CheckError
 from aether.export.parity import compare
 
 
@@ -46,5 +47,5 @@ def test_nothing_compared_does_not_hold():
 
 
 def test_shapes_have_to_agree():
-    with pytest.raises(ValueError, match=r"\(1, 3\).*\(1, 4\)"):
+    with pytest.raises(CheckError, match=r"\(1, 3\).*\(1, 4\)"):
         compare([(np.zeros((1, 3)), np.zeros((1, 4)))])

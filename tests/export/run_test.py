@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +16,11 @@ import pytest
 
 from aether.config import MeshConfig
 from aether.evaluate.load import load_run
-from aether.export import linen, run, targets
+from aether.export import child, linen, run, targets
 from aether.export.bundle import parameters_of
 from aether.export.run import export_run
 from aether.parallel import make_mesh
+from aether.storage import DamagedError
 from launch import cli, export
 
 
@@ -55,12 +60,12 @@ def between(monkeypatch):
     def spoil(f):
         whole = run.child
 
-        def child(part, to, target, made, *rest):
+        def spoiling(part, to, target, made, *rest):
             if part == "replay":
                 f(made)
             whole(part, to, target, made, *rest)
 
-        monkeypatch.setattr(run, "child", child)
+        monkeypatch.setattr(run, "child", spoiling)
 
     return spoil
 
@@ -86,6 +91,43 @@ def test_an_export_that_does_not_run_leaves_nothing(trained, tmp_path, between, 
     assert call(f"--workdir={trained('aether')}", "--to=npz", f"--out={tmp_path / 'broken'}") == 3
     said = capsys.readouterr().err
     assert "does not run: FileNotFoundError" in said and not os.listdir(tmp_path)
+
+
+def test_how_a_child_ended_is_told(tmp_path):
+    """A child that is killed says nothing, and JAX adds lines to what is raised under jit."""
+    for code, said in (
+        (-9, "was killed (SIGKILL), perhaps since memory ran out"),
+        (1, "does not run: it said nothing"),
+    ):
+        error = run._told("npz", tmp_path, code, "")
+        assert said in str(error) and error.exit_code == 3
+    (tmp_path / "error.json").write_text(json.dumps(child.told(DamagedError("step 5 is damaged"))))
+    error = run._told("npz", tmp_path, 1, "For simplicity, JAX has removed its internal frames")
+    assert (str(error), error.exit_code) == ("step 5 is damaged", 74)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_an_interrupted_export(how, trained, tmp_path):
+    command = [sys.executable, "-m", "launch.export", f"--workdir={trained('aether')}", "--to=npz"]
+    command += [f"--out={tmp_path / 'deep/out'}"]
+    whole = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    of_parent = Path(f"/proc/{whole.pid}/task/{whole.pid}/children")
+    until(lambda: whole.poll() is None and of_parent.read_text().split())
+    (part,) = of_parent.read_text().split()
+    until(lambda: "aether.export.child" in Path(f"/proc/{part}/cmdline").read_text())
+    os.kill(whole.pid, how) if how == signal.SIGKILL else os.killpg(whole.pid, how)
+    said = whole.communicate(timeout=60)[1]
+    until(lambda: not Path(f"/proc/{part}").exists())
+    if how == signal.SIGINT:
+        assert whole.returncode == 1 and "interrupted" in said and not os.listdir(tmp_path)
+
+
+def until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_most_targets_need_no_jax():
@@ -129,8 +171,15 @@ def test_sharded_parameters_stay_where_they_are(trained):
 
 
 @pytest.mark.parametrize("kind", ["minibert", "aether_vit"])
-def test_rounded_parameters(kind, trained, tmp_path):
-    parity = export_run(str(trained(kind)), "npz", str(tmp_path / "out"), dtype="bfloat16", log=lambda line: None)
+def test_rounded_parameters_of_a_run_from_elsewhere(kind, trained, tmp_path):
+    """It was killed as it wrote a line, and its attention had a kernel that this machine has not."""
+    workdir = shutil.copytree(trained(kind), tmp_path / "run")
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["model"]["attention_impl"] = "flash"
+    (workdir / "config.json").write_text(json.dumps(record))
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "spl')
+    parity = export_run(str(workdir), "npz", str(tmp_path / "out"), dtype="bfloat16", log=lambda line: None)
     assert parity.holds
     with np.load(tmp_path / "out/parameters.npz") as file:
         assert {file[name].dtype for name in file.files} == {np.dtype(np.uint16)}

@@ -22,10 +22,12 @@ FEW["minibert_linear"] = "bfloat16"
 REST = {name: "float32" for name in NETWORKS if FEW.get(name) != "float32"}
 SCRIPT = """
 import sys
-from aether.export import finish, replay
+from pathlib import Path
+from aether.export import source, tf
 for folder in sys.argv[1:]:
-    finish.main("tf", folder)
-    replay.main("tf", folder, folder + "-work")
+    work = Path(folder + "-work")
+    tf.TARGET.finish(Path(folder))
+    source.save_logits(work, tf.TARGET.replay(Path(folder), source.load_inputs(work)))
 """
 
 
@@ -48,7 +50,7 @@ def saved(written, aether, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [
-            ((name, *ours.shape), ours, np.load(tmp_path / f"{name}-work/logits-{k:03}.npy"))
+            ((name, *ours.shape), ours, np.load(tmp_path / f"{name}-work/theirs-{k:03}.npy"))
             for (name, k), ours in wanted.items()
         ]
 

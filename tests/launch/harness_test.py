@@ -34,8 +34,8 @@ def run(*argv: str) -> int:
 @pytest.mark.parametrize("words", [["--tasks", "a,b", "--limit=3"], ["run", "--tasks", "a,b", "--limit=3"]])
 def test_the_model_is_the_run_s_and_the_rest_is_theirs(handed, words):
     assert run("--workdir=runs/a, b", "--step=0", "--average=last:2", "--", *words) == 0
-    ((name, command, *rest),) = handed
-    assert (name, command, rest[:2], rest[2]) == ("lm_eval", "run", ["--model", "aether"], "--model_args")
+    ((name, *rest),) = handed
+    assert (name, rest[:2], rest[2]) == ("lm_eval", ["--model", "aether"], "--model_args")
     assert json.loads(rest[3]) == dict(workdir="runs/a, b", step=0, average="last:2")
     assert rest[4:] == ["--tasks", "a,b", "--limit=3"]
 
