@@ -1,8 +1,8 @@
 """To nmn: every ⵟ layer of a network as one of that package's, in nnx and torch, and run by code not written here.
 
-What is compared is layers and not logits, each on what it is given in Aether's forward pass of all inputs (of texts
-the first ids, float64 numbers take much room), and nmn in float64. A layer has two numbers: how far nmn is from the formula in float64, as `numpy_model` has it, and from
-Aether's own layer, which is float32.
+What is compared is layers and not logits, each on what it is given in Aether's forward pass of all inputs (of texts the
+first ids: float64 numbers take much room), and nmn in float64. A layer has two numbers: how far nmn is from the formula
+in float64, as `numpy_model` has it, and from Aether's own layer, which is float32.
 """
 
 import json
