@@ -37,7 +37,8 @@ class Attribution:
       units: of a layer with hidden units, the share of each, (units,); with its `bias` they add up to the layer's.
       sources: of attention, the share of each head and position, (heads, positions); of convolutions, of each place,
         (height, width).
-      weights: of attention, what the rows that are read give to each position, (heads, rows, positions): convex shares.
+      weights: of attention, what the rows that are read give to each position, (heads, rows, positions): shares of a
+        mean, none negative and of sum 1; of linear attention, as its features have it.
       bias: share of the bias of each layer's last map.
     """
 
@@ -186,15 +187,13 @@ def _unit(x: Array) -> Array:
 
 
 def _of_resnet(model: ResNet, x: Array, target: Array, position: Array) -> tuple:
-    stem: Callable = partial(model.stem, train=False) if isinstance(model.stem, NormalizedConv) else model.stem
-    start = stem(x[None])
+    start = _run(model.stem)(x[None])
     if model.config.stem == "imagenet":
         start = nnx.max_pool(start, (3, 3), (2, 2), ((1, 1), (1, 1)))
     stream, seen = start, {}
     for name, block in blocks_of(model).items():
-        run = _runner(block)
-        hidden = run(block.hidden)(stream if block.reduce is None else run(block.reduce)(stream))
-        out, skip = run(block.out), None if block.skip is None else run(block.skip)
+        hidden = _run(block.hidden)(stream if block.reduce is None else _run(block.reduce)(stream))
+        out, skip = _run(block.out), None if block.skip is None else _run(block.skip)
         together = (stream if skip is None else skip(stream)) + out(hidden)
         passes = together > 0 if model.config.kind == "resnet" else None
         seen[name] = (stream, hidden, out, skip, passes)
@@ -214,15 +213,13 @@ def _of_resnet(model: ResNet, x: Array, target: Array, position: Array) -> tuple
             constant += jnp.sum(back * skip(jnp.zeros_like(before)))
             back = _transposed(skip, before, back)
     shares["stem"] = jnp.sum(back * start)
-    ordered = {name: a for part in (shares, units, sources, biases) for name, a in reversed(part.items())}
-    del ordered
-    turned = [dict(reversed(part.items())) for part in (shares, units, sources, biases)]
-    return logit, turned[0] | {"constant": constant}, turned[1], turned[2], {}, turned[3]
+    shares, units, sources, biases = (dict(reversed(part.items())) for part in (shares, units, sources, biases))
+    return logit, shares | {"constant": constant}, units, sources, {}, biases
 
 
-def _runner(block: Any) -> Callable[[Any], Callable[[Array], Array]]:
-    """Return what makes a function of x alone of a part of a block."""
-    return lambda part: partial(part, train=False) if isinstance(part, NormalizedConv) else part
+def _run(part: Any) -> Callable[[Array], Array]:
+    """Return a function of x alone of a part of a ResNet."""
+    return partial(part, train=False) if isinstance(part, NormalizedConv) else part
 
 
 def _transposed(affine: Callable[[Array], Array], x: Array, back: Array) -> Array:

@@ -187,6 +187,22 @@ class Attention(nnx.Module):
         y = self.out(checkpoint_name(y, "attention").reshape(*x.shape[:2], -1))
         return y, None if cache is None else KVCache(k, v, cache.length + x.shape[1])
 
+    def weights(self, x: Array, rows: Array, *, is_causal: bool = False) -> tuple[Array, Array]:
+        """Return what self attention does at the positions `rows` (r,) of x (b, t, in_features).
+
+        Returns:
+          The weights (b, h, r, t), and the values (b, t, h, k) they are given to: `out` of their weighted sum is what
+          a call returns there.
+        """
+        q, k, v = self._project(x, x, None, None)
+        behind = rows[:, None] - jnp.arange(x.shape[1])
+        seen = jnp.ones_like(behind, bool) if not (is_causal or self.window) else behind >= 0
+        seen &= True if self.window is None else behind < self.window
+        one_hot = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=q.dtype)[:, None], (*k.shape[:3], x.shape[1]))
+        how = dict(mask=Mask(dense=seen), normalization=self.weighting())
+        found = attention(q[:, rows], k, one_hot, self.score(), **how)  # type: ignore[arg-type]
+        return found.transpose(0, 2, 1, 3), jnp.repeat(v, self.num_heads // self.num_kv_heads, 2)
+
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Return an empty cache of `length` positions."""
         zeros = jnp.zeros((batch, length, self.num_kv_heads, self.head_features), self.dtype)

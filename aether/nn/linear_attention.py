@@ -10,9 +10,9 @@ from flax import nnx
 from jax import Array
 
 from aether.kernels import features as maps
-from aether.kernels.linear_attention import LinearState, init_state, linear_attention, stream
+from aether.kernels.linear_attention import LinearState, divide, init_state, linear_attention, stream
 from aether.kernels.rope import rotate
-from aether.kernels.yat import unit
+from aether.kernels.yat import product, unit
 from aether.nn.linear import Linear
 from aether.nn.param import check_sizes, compute_dtype, normal
 from aether.nn.prototypes import operand
@@ -156,6 +156,18 @@ class YatLinearAttention(nnx.Module):
                 floor=floor,
             )
         return self.out(y.reshape(x.shape)), cache
+
+    def weights(self, x: Array, rows: Array, *, is_causal: bool = True) -> tuple[Array, Array]:
+        """Return the weights (b, h, r, t) of `rows` (r,), and the values (b, t, h, k); see `Attention.weights`.
+
+        These are what the features make of the kernel; with features that may be negative, so may they.
+        """
+        q, k = self.prepare(x)
+        phi, floor = self.feature_map()
+        sums = product("brhm,bthm->bhrt", phi(q[:, rows]), phi(k))
+        seen = rows[:, None] >= jnp.arange(x.shape[1]) if is_causal else jnp.ones((len(rows), x.shape[1]), bool)
+        sums = jnp.where(seen, sums, 0.0)
+        return divide(sums, sums.sum(-1), seen.sum(-1), floor), self.value(x).reshape(q.shape)
 
     def prepare(self, x: Array, positions: Array | None = None) -> tuple[Array, Array]:
         """Return the unit queries and keys (b, t, h, k) of x, rotated."""

@@ -198,6 +198,25 @@ def test_no_position_feels_a_later_one(rng, form, impl):
     np.testing.assert_array_equal(felt(x), seen)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kind="dot", rope_theta=100.0),
+        dict(spherical=True, use_bias=False),
+        dict(num_kv_heads=2, window=3, normalization="l1"),
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_weights_and_values_make_the_output(rng, options, causal):
+    layer, x, rows = make(**options), draw(rng, B, T, D), jnp.asarray([5, 2])
+    weights, values = layer.weights(x, rows, is_causal=causal)
+    assert weights.shape == (B, 4, 2, T) and values.shape == (B, T, 4, D // 4)
+    if causal or layer.window:
+        assert not weights[:, :, 1, 3:].any() and weights[:, :, 1, 2].all()
+    made = layer.out(jnp.einsum("bhrt,bthk->brhk", weights, values).reshape(B, 2, D))
+    np.testing.assert_allclose(made, run(layer, x, is_causal=causal)[:, rows], rtol=1e-4, atol=1e-5)
+
+
 def test_rotation_is_by_differences_of_positions_and_only_with_theta(rng):
     x = draw(rng, 1, T, D)
     at = jnp.arange(T)[None]

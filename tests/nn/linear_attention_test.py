@@ -83,6 +83,15 @@ def test_equals_a_float64_layer_with_the_cut_kernel(x):
         np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_weights_and_values_make_the_output(x, causal):
+    module, rows = layer(rope_theta=100.0), jnp.asarray([8, 1])
+    weights, values = module.weights(x, rows, is_causal=causal)
+    made = module.out(jnp.einsum("bhrt,bthk->brhk", weights, values).reshape(len(x), 2, -1))
+    np.testing.assert_allclose(made, module(x, is_causal=causal)[0][:, rows], atol=2e-5)
+    assert weights[:, :, 1, 2:].any() == (not causal)
+
+
 def test_fitted_anchors_approach_the_kernel_itself_and_train(x, rng):
     module = layer("anchored", 9 + 120)
     other = jnp.asarray(rng.normal(size=(12, LENGTH, WIDTH)), jnp.float32)
