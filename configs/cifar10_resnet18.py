@@ -8,7 +8,7 @@ Command:  python -m launch.train --config=configs/cifar10_resnet18.py
 Baseline: the same with --config.model.kind=resnet --workdir=runs/cifar10_resnet18_baseline
 Small:    --config.model.stages=2,2,2 --config.model.width=16 --config.model.stem=stride2 trains on a CPU.
 Time:     not measured yet: no accelerator was at hand.
-Result:   not measured yet; see LOG.md for the small one on a subset.
+Result:   not measured yet; the small one errs on 26.7 ± 0.5 % of a subset's images, ResNet on 32.5 ± 0.3 % (LOG.md).
 """
 
 from ml_collections import ConfigDict

@@ -62,9 +62,9 @@ OPEN = {
 # Activations of a block that `model.remat_names` may keep.
 REMAT_NAMES = ("query", "key", "value", "attention", "product", "hidden")
 
-# Peak learning rates of the baselines: GPT-3's table (Brown et al., 2020), and for its `tiny` a sweep (LOG.md); those
-# of the other families are provisional, carried over from small networks (LOG.md). The best rate of ⵟ networks is a
-# multiple of it, of ResNets half of it: measured at the smallest, carried over to the other sizes.
+# Peak learning rates of the baselines: GPT-3's table (Brown et al., 2020), and for the smallest of each family a sweep
+# (LOG.md); the other sizes of BERT, ViT and ResNet are carried over from it. The best rate of ⵟ networks is a multiple
+# of it, measured at the smallest and carried over too.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "gpt": {"tiny": 3e-3, "124m": 6e-4, "350m": 3e-4, "774m": 2.5e-4, "1.5b": 2e-4},
     "bert": {"tiny": 4e-3, "mini": 1e-3, "small": 6e-4, "medium": 6e-4, "base": 4e-4},
