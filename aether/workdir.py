@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +160,35 @@ class Workdir:
         except Exception as e:
             hint = "Check the address, the network and your credentials"
             raise StorageError(f"Cannot {verb} {self.path}: {type(e).__name__}: {e}. {hint}.") from e
+
+
+def new_folder(workdir: str, flag: str = "--workdir") -> Path:
+    """Return the path of a run folder that is to be made.
+
+    Raises:
+      InputError: there is something in it, or it is not a local one.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(workdir)))
+    if "://" in workdir or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise InputError(f"{flag} is {workdir}; give a new local folder.")
+    return target
+
+
+@contextlib.contextmanager
+def filled(target: Path) -> Iterator[Path]:
+    """Give a folder to fill, which becomes `target`, of `new_folder`, at the end: whole or not at all.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            made = Path(scratch) / "run"
+            made.mkdir()
+            yield made
+            shutil.rmtree(target, ignore_errors=True)
+            made.rename(target)
 
 
 def _mirror(path: str, primary: bool) -> Path:

@@ -26,7 +26,13 @@ class ModelConfig(Section, prefix="model"):
         0, "width of the residual stream, in a ResNet that of the first stage (0: by size)", low=0, auto=True
     )
     stages: str = knob(AUTO, "blocks of each stage of a ResNet, as in 2,2,2 (auto: by size)", auto=True)
-    hidden: int = knob(0, "hidden units of the MLP (0: 4 x width)", low=0, auto=True)
+    hidden: int = knob(
+        0,
+        "hidden units of the MLP (0: 4 x width), in a ResNet of a block of the first stage, doubled from stage to "
+        "stage (0: width)",
+        low=0,
+        auto=True,
+    )
     vocab: int = knob(0, "ids that may be predicted (0: the tokenizer's)", low=0, auto=True)
     classes: int = knob(0, "classes of images (0: the data's)", low=0, auto=True)
     attention: str = knob(
@@ -129,6 +135,10 @@ class ModelConfig(Section, prefix="model"):
     def blocks(self) -> tuple[int, ...]:
         """Blocks of each stage of a ResNet."""
         return tuple(int(n) for n in self.stages.split(","))
+
+    def units(self, stage: int) -> int:
+        """Return the hidden units of each block of a ResNet's stage."""
+        return (self.hidden or self.width) * 2**stage
 
     @property
     def bottleneck(self) -> bool:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,9 @@ from aether.export.source import CONFIG, FORMAT
 from aether.export.targets import parameters_in
 from aether.models import describe_model
 from aether.parallel import make_mesh, shardings
-from aether.storage import storage_errors
 from aether.train.setup import describe_state
 from aether.train.step import TrainState, init_state
-from aether.workdir import CHECKPOINTS
+from aether.workdir import CHECKPOINTS, filled, new_folder
 
 
 def load_export(folder: str, workdir: str, *, tokenizer: str = "", log: Callable[[str], None] = print) -> int:
@@ -50,28 +47,20 @@ def load_export(folder: str, workdir: str, *, tokenizer: str = "", log: Callable
         something in it.
       StorageError: `workdir` cannot be written.
     """
-    target = Path(os.path.abspath(os.path.expanduser(workdir)))
-    if "://" in workdir or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise InputError(f"--workdir is {workdir}; give a new local folder.")
+    target = new_folder(workdir)
     record = _record(Path(folder), tokenizer)
     try:
         config = build(record["config"])
     except (InputError, KeyError, TypeError) as e:
         raise InputError(f"{folder}/{CONFIG} does not describe a run that this Aether can build: {e}") from e
     state = _state(config, parameters_in(Path(folder)), record["step"])
-    with storage_errors(workdir):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            made = Path(scratch) / "run"
-            made.mkdir()
-            _copy(Path(folder), made, config, tokenizer)
-            known = {k: record.get(k) for k in ("data_fingerprint", "versions", "git")}
-            (made / CONFIG).write_text(dumps(dict(config=record["config"], changes=[], **known)), encoding="utf-8")
-            checkpoints = Checkpoints(str(made / CHECKPOINTS), config.checkpoint, log=log)
-            checkpoints.save(record["step"], state, meta={})
-            checkpoints.close()
-            shutil.rmtree(target, ignore_errors=True)
-            made.rename(target)
+    with filled(target) as made:
+        _copy(Path(folder), made, config, tokenizer)
+        known = {k: record.get(k) for k in ("data_fingerprint", "versions", "git")}
+        (made / CONFIG).write_text(dumps(dict(config=record["config"], changes=[], **known)), encoding="utf-8")
+        checkpoints = Checkpoints(str(made / CHECKPOINTS), config.checkpoint, log=log)
+        checkpoints.save(record["step"], state, meta={})
+        checkpoints.close()
     log(f"step {record['step']} of {folder} is in {workdir}")
     return record["step"]
 
