@@ -33,8 +33,9 @@ def drawn(
 ) -> dict[str, np.ndarray]:
     """Return centres (count, d) for hidden ⵟ layers, spread over what these are given, by k-means++ seeding.
 
-    Those of a spherical layer, where lengths mean nothing to the outputs and everything to the size of a step, become
-    as long as the median of the layer's own.
+    They become as long as the layer's own, the median of those: a unit that lies on its input responds there with
+    α (‖x‖² + b)²/ε, thousands of times as strongly as trained ones, and in a spherical layer, whose outputs know no
+    lengths, one much longer or shorter would turn slower or faster than they.
 
     Args:
       model: the network.
@@ -66,8 +67,6 @@ def _centres(name: str, layer: Any, points: np.ndarray, count: int, noise: float
     if len(points) < count:
         raise InputError(f"{name} has {len(points)} inputs and {count} centres are to be drawn; give more data.")
     new = np.asarray(draw_prototypes(jnp.asarray(points), count, jax.random.key(seed), noise=noise))
-    if not layer.spherical:
-        return new
     kernel = np.asarray(layer.raw_kernel()).reshape(new.shape[1], -1)
     lengths = np.linalg.norm(new, axis=-1, keepdims=True)
     return new / np.where(lengths, lengths, 1.0) * np.median(np.linalg.norm(kernel, axis=0))

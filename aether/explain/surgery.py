@@ -50,13 +50,15 @@ def places_of(model: Any) -> dict[str, Place]:
     """
     found = {}
     for name, layer in layers_of(model).items():
-        part, *at, last = name.split(".")
-        units = getattr(layer, "kernel_shape", (0,))[-1]
-        if last == "hidden" and isinstance(model, ResNet):
+        part, *at = name.split(".")
+        if at[-1:] != ["hidden"]:
+            continue
+        units = layer.kernel_shape[-1]
+        if isinstance(model, ResNet):
             stage, block = int(at[0]), int(at[1])
             stack = f"{part}/{stage}/{'rest' if block else 'first'}"
             found[name] = Place(stack, block - 1 if block else None, units, 2**stage, True)
-        elif last == "hidden":
+        else:
             found[name] = Place(f"{part}/mlp", int(at[0]), units, 1, False)
     if not found:
         c = model.config
@@ -170,6 +172,19 @@ def _axis(role: str) -> int:
     return -2 if role == _OUT else -1
 
 
+def _centred(kernel: np.ndarray) -> np.ndarray:
+    """Return a kernel less the mean of each of its columns.
+
+    What rounding adds to a sum goes to the column's smallest entry, which is the finest: a new unit, whose readout is
+    this mean, may respond a thousand times as strongly as others.
+    """
+    flat = kernel.reshape(-1, kernel.shape[-1]).astype(np.float64)
+    flat = (flat - flat.mean(0)).astype(np.float32)
+    smallest = np.argmin(np.abs(flat), 0), np.arange(flat.shape[-1])
+    flat[smallest] -= flat.sum(0, dtype=np.float64)
+    return flat.reshape(kernel.shape)
+
+
 def _check_units(places: Mapping[str, Place], units: Mapping[str, Sequence[int]]) -> None:
     for name, which in units.items():
         count = places[name].units if name in places else 0  # `common` tells of a layer that is not there
@@ -195,7 +210,7 @@ def _edited(arrays: Arrays, places: Mapping[str, Place], edit: Callable[..., np.
             for name in layers:
                 part = arrays[key] if places[name].block is None else arrays[key][places[name].block]
                 if places[name].centred and role == _OUT and what == VALUES:
-                    part = part - np.mean(part, tuple(range(part.ndim - 1)), keepdims=True)
+                    part = _centred(part)
                 parts.append(edit(name, role, part))
             done[key] = parts[0] if places[layers[0]].block is None else np.stack(parts)
     return done
