@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aether.errors import InputError
-from aether.explain.layers import layers_of, seen
+from aether.explain.layers import layers_of, watching
 from aether.explain.surgery import places_of
 from aether.nn import YatConv2D
 from aether.nn.prototypes import draw_prototypes
@@ -51,8 +51,9 @@ def drawn(
         raise InputError(f"There is no hidden ⵟ layer {unknown[0]!r}; there are {', '.join(places_of(model))}.")
     rng, layers = np.random.default_rng(seed), layers_of(model)
     found: dict[str, list[np.ndarray]] = {name: [] for name in counts}
+    watch = watching(model)
     for x in batches:
-        given = seen(model, x)
+        given = watch(x)
         for name, count in counts.items():
             points = points_of(layers[name], given[name].x)
             few = rng.choice(len(points), min(len(points), _CHOICE * count), replace=False)

@@ -98,14 +98,19 @@ def operate(
         new = edit(arrays, what=_meaning(prefix))
         leaves |= {prefix + path: array for path, array in new.items()}
     change = surgery.common(places, {name: len(each) for name, each in changed.items()}, "change")
-    before = run.config.model.hidden or run.config.model.width
-    hidden = before + (change if grow else -change)
-    config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, hidden=hidden))
+    config = _resized(run.config, change if grow else -change)
     state = _state(config, run.mesh, leaves)
     with filled(target) as made:
         _write(made, source, run, config, state)
-    log(f"model.hidden was {before} and is {hidden} in {out}, at step {run.step}")
-    return dict(step=run.step, hidden=[before, hidden], changed=changed)
+    hidden = [_resized(run.config, 0).model.hidden, config.model.hidden]
+    log(f"model.hidden was {hidden[0]} and is {hidden[1]} in {out}, at step {run.step}")
+    return dict(step=run.step, hidden=hidden, changed=changed)
+
+
+def _resized(config: Config, change: int) -> Config:
+    """Return the config with another number of hidden units; a ResNet's that leaves it open has the width's."""
+    hidden = (config.model.hidden or config.model.width) + change
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, hidden=hidden))
 
 
 def _read(run: Run, source: Workdir) -> Arrays:
@@ -118,6 +123,7 @@ def _read(run: Run, source: Workdir) -> Arrays:
 def _growth(run: Run, model: Any, count: int, data: str | None, noise: float) -> tuple[Edit, dict]:
     places = places_of(model)
     counts = {name: count * place.share for name, place in places.items()}
+    describe_state(_resized(run.config, count), run.mesh)  # refuses what the devices do not divide, before the work
     centres = drawn(model, _inputs(run, data), counts, noise=noise)
     new = {name: list(range(places[name].units, places[name].units + n)) for name, n in counts.items()}
     return partial(surgery.added, places=places, centres=centres), new

@@ -1,6 +1,5 @@
 """Runs with more or fewer hidden units: every array of the state follows, the network stays, training goes on."""
 
-import dataclasses
 import json
 import os
 
@@ -16,7 +15,6 @@ from aether.config import build, dumps
 from aether.data.corpus import open_corpus
 from aether.errors import InputError
 from aether.evaluate.load import load_run
-from aether.models import describe_model
 from aether.parallel import make_mesh
 from aether.testing import tiny_run
 from aether.train.loop import train
@@ -32,8 +30,7 @@ def _few_devices():
     """Two devices, over which hidden units are split."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "make_mesh", lambda c, devices=None: make_mesh(c, jax.devices()[:2]))
-        for module in ("aether.evaluate.load", "aether.train.setup"):
-            patch.setattr(f"{module}.make_mesh", parallel.make_mesh, raising=False)
+        patch.setattr("aether.evaluate.load.make_mesh", parallel.make_mesh)
         patch.setattr(cli, "prepare_environment", lambda debug: None)
         yield
 
@@ -176,7 +173,7 @@ def test_equal_units_of_a_run_are_merged(made, tmp_path):
     before, after = state_in(run), state_in(tmp_path / "out")
     for name, a in before.items():
         assert after[name].shape == tuple(62 if n == 64 and units_axis(name) else n for n in a.shape), name
-    mu, nu = (next(n for n in before if n.endswith(f"{m}/blocks/mlp/hidden/kernel")) for m in ("mu/", "nu/"))
+    mu, nu = (next(n for n in before if n.endswith(f"{m}/blocks/mlp/hidden/kernel")) for m in ("mu", "nu"))
     np.testing.assert_allclose(after[mu][1, :, 0], before[mu][1, :, :3].sum(-1), rtol=1e-5)
     np.testing.assert_allclose(after[nu][1, :, 0], np.sqrt(before[nu][1, :, :3]).sum(-1) ** 2, rtol=1e-5)
     for average in ("none", "ema"):
@@ -202,7 +199,6 @@ def test_the_command(made, tmp_path, capsys):
         ((), "give one of them"),
         (("--grow=2", "--merge=0"), "give one of them"),
         (("--grow=3",), "mesh.tensor=2 does not divide"),
-        (("--grow=4096",), "centres are to be drawn; give more data"),
         (both[:1], "Of blocks.1.mlp.hidden 0 units are to go and of blocks.0.mlp.hidden 2"),
         (("--remove=blocks.0.mlp.hidden=3,64", both[1]), "There is no unit 64 in blocks.0.mlp.hidden"),
         (("--remove=blocks.0.mlp.hidden:3",), "write a layer and its units"),
@@ -227,13 +223,3 @@ def test_what_has_no_equal_or_no_units_is_said(made, tmp_path):
     with pytest.raises(InputError, match="model.kind=gpt2 and model.mlp=gelu has no hidden ⵟ units"):
         operate(str(made("gpt2")), str(tmp_path / "out"), grow=2, log=quiet)
     assert not os.listdir(tmp_path)
-
-
-def test_the_config_says_the_hidden_units_of_a_resnet():
-    config = build(dict(model=dict(kind="aether_resnet", stages="1,2", width=8, hidden=12)))
-    config = dataclasses.replace(config.resolved(), model=dataclasses.replace(config.model.resolved(3, 8), classes=3))
-    shapes = named_leaves(
-        describe_model(dataclasses.replace(config, image=dataclasses.replace(config.image, channels=1)))[1]
-    )
-    assert shapes["stages/0/first/hidden/kernel"].shape == (3, 3, 8, 12)
-    assert shapes["stages/1/rest/out/kernel"].shape == (1, 3, 3, 24, 16)
