@@ -30,7 +30,7 @@ class Found(NamedTuple):
     Attributes:
       rows: (units, m), numbers of documents or images, counted over all batches.
       places: (units, m), the position in the document, or the number of the patch in the image, row by row.
-      values: (units, m), distances or responses.
+      values: (units, m), distances or |responses|.
       contexts: (units, m, length), of documents the ids up to that position, before their first -1; else None.
     """
 
@@ -84,16 +84,16 @@ def compared(layer: Any, points: np.ndarray, by: str = "distance") -> np.ndarray
 
 
 def nearest_prototypes(layer: Any, points: np.ndarray, m: int, by: str = "distance") -> Nearest:
-    """Return the m prototypes that a point of (n, d) is nearest to, or that respond to it most; errors of `compared`."""
+    """Return the m prototypes nearest to each point (n, d), or of the largest |response|; errors are `compared`'s."""
     values = compared(layer, points, by)
-    order = np.argsort(values if by == "distance" else -values, -1, kind="stable")[:, :m]
+    order = np.argsort(values if by == "distance" else -np.abs(values), -1, kind="stable")[:, :m]
     return Nearest(order, np.take_along_axis(values, order, -1))
 
 
 def nearest_inputs(
     model: Any, name: str, batches: Iterable[np.ndarray], m: int, *, by: str = "distance", length: int = 16
 ) -> Found:
-    """Return the m inputs of a data set that come nearest to each prototype of a layer, or that it responds to most.
+    """Return the m inputs of a data set that come nearest to each prototype of a layer, or of the largest |response|.
 
     Of the data no more than a batch and what is found is kept. With less than m inputs there are so many.
 
@@ -114,7 +114,8 @@ def nearest_inputs(
     contexts, ids, first = np.empty((*key.shape, length), np.int64), False, 0
     for x in batches:
         points, ids = points_of(layer, watch(x)[name].x), x.ndim == 2
-        values = compared(layer, points, by).T * (1 if by == "distance" else -1)
+        values = compared(layer, points, by).T
+        values = values if by == "distance" else -np.abs(values)
         few = np.sort(np.argpartition(values, min(m, len(points)) - 1, -1)[:, :m], -1)
         row, place = np.divmod(few, len(points) // len(x))
         key = np.concatenate([key, np.take_along_axis(values, few, -1)], -1)
@@ -129,7 +130,7 @@ def nearest_inputs(
         first += len(x)
     if not key.shape[1]:
         raise InputError(f"There is no input to compare the prototypes of {name} with; give some data, and m above 0.")
-    return Found(rows, places, key if by == "distance" else -key, contexts if ids else None)
+    return Found(rows, places, np.abs(key), contexts if ids else None)
 
 
 def _contexts(ids: np.ndarray, rows: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
