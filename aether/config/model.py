@@ -161,8 +161,7 @@ class ModelConfig(Section, prefix="model"):
         decided: dict[str, Any] = {**sizes[size], **parts, counted: outputs}
         decided |= {"stem": _stem(image_size), "patch": _patch(image_size)} if self.task == "classify" else {}
         new = {k: v if getattr(self, k) in (0, AUTO) else getattr(self, k) for k, v in decided.items()}
-        if "heads" in new:
-            new["hidden"] = self.hidden or 4 * new["width"]
+        new["hidden"] = self.hidden or new["width"] * (1 if family == "resnet" else 4)
         self._check_open(family)
         new = {k: v for k, v in new.items() if k in OPEN[family]} | {"size": size}
         if new[counted] < outputs:

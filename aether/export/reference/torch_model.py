@@ -305,7 +305,7 @@ class ReLUBlock(nn.Module):
         deep, e = f["bottleneck"], f["norm_epsilon"]
         self.reduce = NormalizedConv(width, features, 1, 1, e) if deep else nn.Identity()
         self.hidden = NormalizedConv(features if deep else width, units, 3, strides, e)
-        self.out = NormalizedConv(features, out, 1 if deep else 3, 1, e, relu=False)
+        self.out = NormalizedConv(units, out, 1 if deep else 3, 1, e, relu=False)
         changes = strides > 1 or width != out
         self.skip = NormalizedConv(width, out, 1, strides, e, relu=False) if changes else nn.Identity()
 
