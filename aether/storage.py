@@ -70,25 +70,31 @@ def new_folder(path: str, flag: str) -> Path:
 
 
 @contextlib.contextmanager
-def beside(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder on the disk of one that is to be made; it goes, as do parents made for it and not used."""
-    made = [p for p in folder.parents if not p.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            yield Path(scratch)
-    finally:
-        for parent in made:
-            if not any(parent.iterdir()):
-                parent.rmdir()
+def filled(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `folder`, of `new_folder`, at the end: whole or not at all.
 
-
-def take_place(made: Path, folder: Path) -> None:
-    """Move a folder to its place, where there is nothing or an empty folder.
+    What is put beside it goes in any case, as do parents that were made for it and are not used.
 
     Raises:
-      InputError: there is something meanwhile.
+      InputError: `folder` has got content meanwhile.
+      StorageError: it cannot be written.
     """
+    with storage_errors(folder):
+        parents = [p for p in folder.parents if not p.exists()]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+                made = Path(scratch) / "made"
+                made.mkdir()
+                yield made
+                _take_place(made, folder)
+        finally:
+            for parent in parents:
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def _take_place(made: Path, folder: Path) -> None:
     try:
         made.rename(folder)
     except OSError as e:

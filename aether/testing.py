@@ -146,13 +146,22 @@ NETWORKS: dict[str, dict[str, Any]] = {
     ),
     "aether_resnet": dict(kind="aether_resnet", stages="1,2", width=8, stem="cifar", **_IMAGE_MODEL),
     "aether_resnet_deep": dict(
-        kind="aether_resnet", size="50", stages="2,1", width=4, stem="imagenet", conv_spherical=True, **_IMAGE_MODEL
+        kind="aether_resnet",
+        size="50",
+        stages="2,1",
+        width=4,
+        hidden=6,
+        stem="imagenet",
+        conv_spherical=True,
+        **_IMAGE_MODEL,
     ),
     "aether_resnet_head": dict(
         kind="aether_resnet", stages="2,2", width=8, stem="stride2", head="yat", conv_bias=0.0, **_IMAGE_MODEL
     ),
     "resnet": dict(kind="resnet", stages="2,2", width=8, stem="stride2", **_IMAGE_MODEL),
-    "resnet_deep": dict(kind="resnet", size="50", stages="1,2", width=4, stem="imagenet", head="yat", **_IMAGE_MODEL),
+    "resnet_deep": dict(
+        kind="resnet", size="50", stages="1,2", width=4, hidden=5, stem="imagenet", head="yat", **_IMAGE_MODEL
+    ),
 }
 TEXTS = [name for name, model in NETWORKS.items() if model["kind"] in ("aether", "gpt2", "minibert", "bert")]
 IMAGES = [name for name in NETWORKS if name not in TEXTS]

@@ -89,7 +89,7 @@ def test_kind_and_size_decide_everything_left_open(kind, size):
         assert (getattr(getattr(config, section), name) not in (0, AUTO)) or not (f.metadata["auto"] and here), key
     expected = {**SIZES[family][size], **parts, **(dict(classes=10) if images else dict(vocab=1000))}
     assert {k: getattr(config.model, k) for k in expected} == expected
-    assert config.model.hidden == (0 if family == "resnet" else 4 * config.model.width)
+    assert config.model.hidden == config.model.width * (1 if family == "resnet" else 4)
     assert config.optim.schedule_steps == config.train.steps and config.optim.learning_rate > 0
     assert config.resolved(*((0, PICTURES) if images else (1000,))) == config == config.resolved()
 

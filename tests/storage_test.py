@@ -123,18 +123,17 @@ def test_errors_fit_on_a_line():
 
 def test_a_new_folder_takes_its_place_whole_or_not_at_all(tmp_path):
     folder = storage.new_folder(str(tmp_path / "a/b/new"), "out")
-    with storage.beside(folder) as scratch:
-        (scratch / "made").mkdir()
-        (scratch / "made/file").write_text("mine")
-        storage.take_place(scratch / "made", folder)
+    with storage.filled(folder) as made:
+        (made / "file").write_text("mine")
+        made.with_name("work").mkdir()
+        assert not folder.exists()
     assert (folder / "file").read_text() == "mine" and os.listdir(folder.parent) == ["new"]
-    with pytest.raises(RuntimeError), storage.beside(tmp_path / "c/d/new"):
+    with pytest.raises(RuntimeError), storage.filled(tmp_path / "c/d/new"):
         raise RuntimeError
     assert os.listdir(tmp_path) == ["a"]
-    with storage.beside(folder) as scratch, pytest.raises(InputError, match="is not empty any more"):
-        (scratch / "other").mkdir()
-        storage.take_place(scratch / "other", folder)
-    assert (folder / "file").read_text() == "mine"
+    with pytest.raises(InputError, match="is not empty any more"), storage.filled(folder) as made:
+        (made / "file").write_text("another's")
+    assert (folder / "file").read_text() == "mine" and os.listdir(folder.parent) == ["new"]
 
 
 def test_what_is_no_new_folder(tmp_path):

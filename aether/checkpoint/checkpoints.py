@@ -96,6 +96,11 @@ class Checkpoints:
             self._together.ask("main", lambda: self._set_aside(damaged))
         return jax.tree.unflatten(jax.tree.structure(like), values), meta, found
 
+    def read(self, like: Any, step: int | None = None) -> tuple[Any, int]:
+        """Read (state, step) like `restore`, of a run that may be training: nothing is removed or renamed."""
+        values, _, found, _ = self._newest(arrays.named_leaves(like), step, "")
+        return jax.tree.unflatten(jax.tree.structure(like), values), found
+
     def restore_params(
         self, like_params: Any, step: int | None = None, *, part: str = "params"
     ) -> tuple[Any, dict[str, Any], int]:

@@ -56,7 +56,7 @@ OPEN = {
     "gpt": (*_TRANSFORMER, "vocab", "head", "embed_std"),
     "bert": (*_TRANSFORMER, "vocab", "head", "embed_std"),
     "vit": (*_TRANSFORMER, "classes", "head", "embed_std", "patch", "pool"),
-    "resnet": ("stages", "width", "classes", "head", "stem"),
+    "resnet": ("stages", "width", "hidden", "classes", "head", "stem"),
 }
 
 # Activations of a block that `model.remat_names` may keep.

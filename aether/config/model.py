@@ -26,7 +26,13 @@ class ModelConfig(Section, prefix="model"):
         0, "width of the residual stream, in a ResNet that of the first stage (0: by size)", low=0, auto=True
     )
     stages: str = knob(AUTO, "blocks of each stage of a ResNet, as in 2,2,2 (auto: by size)", auto=True)
-    hidden: int = knob(0, "hidden units of the MLP (0: 4 x width)", low=0, auto=True)
+    hidden: int = knob(
+        0,
+        "hidden units of the MLP (0: 4 x width), in a ResNet of a block of the first stage, doubled from stage to "
+        "stage (0: width)",
+        low=0,
+        auto=True,
+    )
     vocab: int = knob(0, "ids that may be predicted (0: the tokenizer's)", low=0, auto=True)
     classes: int = knob(0, "classes of images (0: the data's)", low=0, auto=True)
     attention: str = knob(
@@ -130,6 +136,10 @@ class ModelConfig(Section, prefix="model"):
         """Blocks of each stage of a ResNet."""
         return tuple(int(n) for n in self.stages.split(","))
 
+    def units(self, stage: int) -> int:
+        """Return the hidden units of each block of a ResNet's stage."""
+        return (self.hidden or self.width) * 2**stage
+
     @property
     def bottleneck(self) -> bool:
         """Whether a ResNet's blocks are 1x1, 3x3, 1x1 convolutions and not two of 3x3."""
@@ -151,8 +161,7 @@ class ModelConfig(Section, prefix="model"):
         decided: dict[str, Any] = {**sizes[size], **parts, counted: outputs}
         decided |= {"stem": _stem(image_size), "patch": _patch(image_size)} if self.task == "classify" else {}
         new = {k: v if getattr(self, k) in (0, AUTO) else getattr(self, k) for k, v in decided.items()}
-        if "heads" in new:
-            new["hidden"] = self.hidden or 4 * new["width"]
+        new["hidden"] = self.hidden or new["width"] * (1 if family == "resnet" else 4)
         self._check_open(family)
         new = {k: v for k, v in new.items() if k in OPEN[family]} | {"size": size}
         if new[counted] < outputs:

@@ -109,7 +109,7 @@ def validation_examples(run: Run, data: str | None = None) -> tuple[str, Example
     if c.validation:
         name = data or next(iter(c.validation))
         return name, _other(run, c.validation[name], key=f"data.validation.{name}")
-    corpus = _same_corpus(run)
+    corpus = own_corpus(run)
     if not corpus.validation:
         raise InputError(f"The run in {run.workdir} has no validation data; give some by --data.")
     name = data or next(iter(corpus.validation))
@@ -125,8 +125,12 @@ def _other(run: Run, path: str, key: str) -> Examples:
     return masked_view(windows, run.config.data.mask_rate, run.tokenizer) if run.config.model.task == "mlm" else windows
 
 
-def _same_corpus(run: Run) -> Corpus:
-    """Open the run's own data, which must be those that it began with."""
+def own_corpus(run: Run) -> Corpus:
+    """Open the run's own data.
+
+    Raises:
+      InputError: they are not there, or not those that it began with.
+    """
     corpus = open_corpus(run.config)
     began = Workdir(run.workdir, primary=False).read_json("config.json")["data_fingerprint"]
     if corpus.fingerprint != began:

@@ -69,6 +69,12 @@ def layer_of(model: Any, name: str, kinds: type | tuple[type, ...] = _RECORDED) 
 
 def seen(model: Any, x: np.ndarray) -> dict[str, Seen]:
     """Run a network on ids (b, t) or images (b, s, s, c) and return its ⵟ layers, each with its input and output."""
+    return watching(model)(x)
+
+
+def watching(model: Any) -> Callable[[np.ndarray], dict[str, Seen]]:
+    """Return `seen` of a network as a function of its input, compiled once for batches of one shape."""
+    layers = layers_of(model)
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -77,10 +83,12 @@ def seen(model: Any, x: np.ndarray) -> dict[str, Seen]:
             nnx.merge(graph, state)(x)
         return found
 
-    with jax.default_matmul_precision("highest"):
-        arrays = jax.device_get(run(state, jnp.asarray(x)))
-    layers = layers_of(model)
-    return {name: Seen(layer, *pair) for (name, layer), pair in zip(layers.items(), arrays, strict=True)}
+    def watch(x: np.ndarray) -> dict[str, Seen]:
+        with jax.default_matmul_precision("highest"):
+            arrays = jax.device_get(run(state, jnp.asarray(x)))
+        return {name: Seen(layer, *pair) for (name, layer), pair in zip(layers.items(), arrays, strict=True)}
+
+    return watch
 
 
 @contextmanager

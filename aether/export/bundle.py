@@ -34,9 +34,9 @@ def facts_of(config: Config) -> dict[str, Any]:
     if m.family == "resnet":
         size, strides, pooled = _STEMS[m.stem]
         stem = dict(size=size, strides=strides, pool=pooled)
-        facts |= dict(stages=list(m.blocks), width=m.width, head=m.head, stem=stem, bottleneck=m.bottleneck)
-        facts |= dict(units="relu" if m.kind == "resnet" else "yat", spherical=m.conv_spherical)
-        facts |= dict(linear_bias=True, unit_bias=m.conv_bias > 0)
+        facts |= dict(stages=list(m.blocks), width=m.width, hidden=m.units(0), head=m.head, stem=stem)
+        facts |= dict(bottleneck=m.bottleneck, units="relu" if m.kind == "resnet" else "yat")
+        facts |= dict(spherical=m.conv_spherical, linear_bias=True, unit_bias=m.conv_bias > 0)
     else:
         facts |= {name: getattr(m, name) for name in _TRANSFORMER} | dict(rope_theta=m.rope_theta)
         facts |= dict(linear_bias=m.linear_bias == "yes", unit_bias=m.yat_bias > 0)

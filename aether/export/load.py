@@ -25,7 +25,7 @@ from aether.export.source import CONFIG, FORMAT
 from aether.export.targets import parameters_in
 from aether.models import describe_model
 from aether.parallel import shardings
-from aether.storage import beside, new_folder, storage_errors, take_place
+from aether.storage import filled, new_folder
 from aether.train.setup import describe_state
 from aether.train.step import TrainState, init_state
 from aether.workdir import CHECKPOINTS
@@ -57,17 +57,13 @@ def load_export(folder: str, workdir: str, *, tokenizer: str = "", log: Callable
     except (InputError, KeyError, TypeError) as e:
         raise InputError(f"{folder}/{CONFIG} does not describe a run that this Aether can build: {e}") from e
     state = _state(config, parameters_in(Path(folder)), record["step"])
-    with storage_errors(workdir):
-        with beside(target) as scratch:
-            made = scratch / "run"
-            made.mkdir()
-            _copy(Path(folder), made, config, tokenizer)
-            known = {k: record.get(k) for k in ("data_fingerprint", "versions", "git")}
-            (made / CONFIG).write_text(dumps(dict(config=record["config"], changes=[], **known)), encoding="utf-8")
-            checkpoints = Checkpoints(str(made / CHECKPOINTS), config.checkpoint, log=log)
-            checkpoints.save(record["step"], state, meta={})
-            checkpoints.close()
-            take_place(made, target)
+    with filled(target) as made:
+        _copy(Path(folder), made, config, tokenizer)
+        known = {k: record.get(k) for k in ("data_fingerprint", "versions", "git")}
+        (made / CONFIG).write_text(dumps(dict(config=record["config"], changes=[], **known)), encoding="utf-8")
+        checkpoints = Checkpoints(str(made / CHECKPOINTS), config.checkpoint, log=log)
+        checkpoints.save(record["step"], state, meta={})
+        checkpoints.close()
     log(f"step {record['step']} of {folder} is in {workdir}")
     return record["step"]
 

@@ -16,7 +16,7 @@ from aether.export.card import card_of
 from aether.export.parity import Verdict
 from aether.export.source import CONFIG, ERROR, NOTES, Asked, Target, load_pairs
 from aether.export.targets import require
-from aether.storage import beside, new_folder, storage_errors, take_place
+from aether.storage import filled, new_folder
 
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # glibc else keeps freed arrays: a third of a network's size
 PARITY, CARD, UNVERIFIED = "parity.json", "README.md", "UNVERIFIED"
@@ -57,26 +57,23 @@ def export_run(
       StorageError: `out` cannot be written.
     """
     to, folder = require(target), new_folder(out, "out")
-    with storage_errors(out):
-        with beside(folder) as scratch:
-            work, made = scratch / "work", scratch / "export"
-            work.mkdir()
-            made.mkdir()
-            Asked(workdir, step, average, dtype, data, licence, out).save(work)
-            child("write", to, target, made, work, log)
-            if to.finish is not None:
-                child("finish", to, target, made, work)
-            log(f"{target} on the same")
-            child("replay", to, target, made, work)
-            parity = to.compare(made, load_pairs(work))
-            (made / PARITY).write_text(json.dumps(parity.record(), indent=2) + "\n", encoding="utf-8")
-            config = json.loads((made / CONFIG).read_text(encoding="utf-8"))
-            notes = (made / NOTES).read_text(encoding="utf-8") if (made / NOTES).exists() else ""
-            card = card_of(config["network"], config["aether"], to, target, parity, notes)
-            (made / CARD).write_text(card, encoding="utf-8")
-            if not parity.holds:
-                (made / UNVERIFIED).write_text(parity.verdict(target) + "\n", encoding="utf-8")
-            take_place(made, folder)
+    with filled(folder) as made:
+        work = made.with_name("work")
+        work.mkdir()
+        Asked(workdir, step, average, dtype, data, licence, out).save(work)
+        child("write", to, target, made, work, log)
+        if to.finish is not None:
+            child("finish", to, target, made, work)
+        log(f"{target} on the same")
+        child("replay", to, target, made, work)
+        parity = to.compare(made, load_pairs(work))
+        (made / PARITY).write_text(json.dumps(parity.record(), indent=2) + "\n", encoding="utf-8")
+        config = json.loads((made / CONFIG).read_text(encoding="utf-8"))
+        notes = (made / NOTES).read_text(encoding="utf-8") if (made / NOTES).exists() else ""
+        card = card_of(config["network"], config["aether"], to, target, parity, notes)
+        (made / CARD).write_text(card, encoding="utf-8")
+        if not parity.holds:
+            (made / UNVERIFIED).write_text(parity.verdict(target) + "\n", encoding="utf-8")
     if not parity.holds:
         raise CheckError(f"{parity.verdict(target)} The files in {out} are marked {UNVERIFIED}.")
     return parity

@@ -72,15 +72,18 @@ def _head(c: ModelConfig, width: int, rngs: nnx.Rngs) -> Linear | YatNMN:
 
 
 class YatBlock(nnx.Module):
-    """skip(x) + out(ⵟ(reduce(x))); `reduce`, 1×1, with bottlenecks only, `skip`, 1×1, where the shape changes."""
+    """skip(x) + out(ⵟ(reduce(x))); `reduce`, 1×1, with bottlenecks only, `skip`, 1×1, where the shape changes.
 
-    def __init__(self, c: ModelConfig, width: int, features: int, out: int, strides: int, rngs: nnx.Rngs):
+    `units` are the ⵟ units, `features` what `reduce` makes.
+    """
+
+    def __init__(self, c: ModelConfig, width: int, features: int, units: int, out: int, strides: int, rngs: nnx.Rngs):
         shared: dict[str, Any] = dict(dtype=c.dtype, rngs=rngs)
         inner, k = (features, 1) if c.bottleneck else (width, 3)
         self.reduce = Conv(width, features, (1, 1), use_bias=False, **shared) if c.bottleneck else None
         unit = _unit(c, 9 * inner)
-        self.hidden = YatConv2D(inner, features, 3, strides, padding=1, **unit, **shared)
-        self.out = Conv(features, out, (k, k), padding=k // 2, axes=("mlp", "embed"), **_projection(c), **shared)
+        self.hidden = YatConv2D(inner, units, 3, strides, padding=1, **unit, **shared)
+        self.out = Conv(units, out, (k, k), padding=k // 2, axes=("mlp", "embed"), **_projection(c), **shared)
         changes = strides > 1 or width != out
         self.skip = Conv(width, out, (1, 1), strides, use_bias=False, **shared) if changes else None
 
@@ -122,12 +125,12 @@ class NormalizedConv(nnx.Module):
 class Block(nnx.Module):
     """ReLU(skip(x) + branch(x)), all convolutions normalised; the last one's scale starts at 0 (Goyal et al., 2017)."""
 
-    def __init__(self, c: ModelConfig, width: int, features: int, out: int, strides: int, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, width: int, features: int, units: int, out: int, strides: int, rngs: nnx.Rngs):
         shared: dict[str, Any] = dict(dtype=c.dtype, rngs=rngs)
         last: dict[str, Any] = dict(relu=False, scale_init=0.0, axes=("mlp", "embed"))
         self.reduce = NormalizedConv(width, features, 1, **shared) if c.bottleneck else None
-        self.hidden = NormalizedConv(features if c.bottleneck else width, features, 3, strides, **shared)
-        self.out = NormalizedConv(features, out, 1 if c.bottleneck else 3, **last, **shared)
+        self.hidden = NormalizedConv(features if c.bottleneck else width, units, 3, strides, **shared)
+        self.out = NormalizedConv(units, out, 1 if c.bottleneck else 3, **last, **shared)
         changes = strides > 1 or width != out
         self.skip = NormalizedConv(width, out, 1, strides, relu=False, **shared) if changes else None
 
@@ -141,11 +144,12 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
     """Blocks of one width: the first, which may change the shape of the stream, and the others, stacked."""
 
-    def __init__(self, c: ModelConfig, width: int, features: int, blocks: int, strides: int, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, width: int, stage: int, rngs: nnx.Rngs):
         kind = Block if c.kind == "resnet" else YatBlock
+        features, units, blocks, strides = c.width * 2**stage, c.units(stage), c.blocks[stage], 1 if stage == 0 else 2
         out = 4 * features if c.bottleneck else features
-        self.first = kind(c, width, features, out, strides, rngs)
-        self.rest = stack(lambda r: kind(c, out, features, out, 1, r), blocks - 1, rngs) if blocks > 1 else None
+        self.first = kind(c, width, features, units, out, strides, rngs)
+        self.rest = stack(lambda r: kind(c, out, features, units, out, 1, r), blocks - 1, rngs) if blocks > 1 else None
         self.config, self.length = c, blocks - 1
 
     def __call__(self, x: Array, train: bool) -> Array:
@@ -208,10 +212,9 @@ class ResNet(nnx.Module):
                 channels, c.width, (size, size), strides, padding=size // 2, kernel_init=_stem_init, **shared
             )
         width, stages = c.width, []
-        for k, blocks in enumerate(c.blocks):
-            features = c.width * 2**k
-            stages.append(Stage(c, width, features, blocks, 1 if k == 0 else 2, rngs))
-            width = 4 * features if c.bottleneck else features
+        for k in range(len(c.blocks)):
+            stages.append(Stage(c, width, k, rngs))
+            width = c.width * 2**k * (4 if c.bottleneck else 1)
         self.stages = nnx.List(stages)
         self.head = _head(c, width, rngs)
 

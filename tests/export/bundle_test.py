@@ -27,7 +27,7 @@ def test_directions_of_nothing(exported):
     folder, *_ = exported("aether_resnet_deep", "npz")
     with np.load(folder / "parameters.npz") as file:
         parameters = {name: file[name] for name in file.files}
-    w = parameters["stages.0.0.hidden.kernel"].reshape(-1, 4)
+    w = parameters["stages.0.0.hidden.kernel"].reshape(-1, 6)
     numbers = [parameters[f"stages.0.0.hidden.{name}"] for name in ("bias", "alpha", "epsilon_param")]
     bias, epsilon = np.log1p(np.exp(numbers[0])), np.log1p(np.exp(numbers[2]))
     blank = np.zeros((1, len(w)), np.float32)

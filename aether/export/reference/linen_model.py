@@ -207,7 +207,8 @@ class ResNet(nn.Module):
         for s, blocks in enumerate(f["stages"]):
             for k in range(blocks):
                 strides = 2 if s and not k else 1
-                x = (YatBlock if yat else ReluBlock)(f, f["width"] * 2**s, strides, name=f"stages_{s}_{k}")(x)
+                sizes = f["width"] * 2**s, f["hidden"] * 2**s
+                x = (YatBlock if yat else ReluBlock)(f, *sizes, strides, name=f"stages_{s}_{k}")(x)
         return head(f, x.mean((1, 2)))
 
 
@@ -216,6 +217,7 @@ class YatBlock(nn.Module):
 
     f: Mapping[str, Any]
     features: int
+    units: int
     strides: int
 
     @nn.compact
@@ -224,7 +226,7 @@ class YatBlock(nn.Module):
         f, deep = self.f, self.f["bottleneck"]
         out = self.features * (4 if deep else 1)
         h = conv(self.features, 1, 1, False, "reduce")(x) if deep else x
-        h = YatConv(self.features, self.strides, f["spherical"], f["unit_bias"], name="hidden")(h)
+        h = YatConv(self.units, self.strides, f["spherical"], f["unit_bias"], name="hidden")(h)
         if self.strides > 1 or x.shape[-1] != out:
             x = conv(out, 1, self.strides, False, "skip")(x)
         return x + ZeroSumConv(out, 1 if deep else 3, name="out")(h)
@@ -235,6 +237,7 @@ class ReluBlock(nn.Module):
 
     f: Mapping[str, Any]
     features: int
+    units: int
     strides: int
 
     @nn.compact
@@ -243,7 +246,7 @@ class ReluBlock(nn.Module):
         f, deep = self.f, self.f["bottleneck"]
         out = self.features * (4 if deep else 1)
         h = NormalizedConv(f, self.features, 1, name="reduce")(x) if deep else x
-        h = NormalizedConv(f, self.features, 3, self.strides, name="hidden")(h)
+        h = NormalizedConv(f, self.units, 3, self.strides, name="hidden")(h)
         if self.strides > 1 or x.shape[-1] != out:
             x = NormalizedConv(f, out, 1, self.strides, relu=False, name="skip")(x)
         return nn.relu(x + NormalizedConv(f, out, 1 if deep else 3, relu=False, name="out")(h))

@@ -260,12 +260,12 @@ class ResNet(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1) if stem["pool"] else nn.Identity()
         stages = []
         for s, count in enumerate(f["stages"]):
-            features = f["width"] * 2**s
+            features, units = f["width"] * 2**s, f["hidden"] * 2**s
             out = 4 * features if f["bottleneck"] else features
             inputs = [width] + [out] * (count - 1)
             block = YatBlock if yat else ReLUBlock
             stages.append(
-                nn.ModuleList(block(f, n, features, out, 2 if s and not k else 1) for k, n in enumerate(inputs))
+                nn.ModuleList(block(f, n, features, units, out, 2 if s and not k else 1) for k, n in enumerate(inputs))
             )
             width = out
         self.stages = nn.ModuleList(stages)
@@ -283,12 +283,12 @@ class ResNet(nn.Module):
 class YatBlock(nn.Module):
     """skip(x) + out(yat(reduce(x))); `reduce`, `skip` only where the block has them; kernels of `out` have zero sum."""
 
-    def __init__(self, f: dict[str, Any], width: int, features: int, out: int, strides: int):
+    def __init__(self, f: dict[str, Any], width: int, features: int, units: int, out: int, strides: int):
         super().__init__()
         deep = f["bottleneck"]
         self.reduce = Conv(width, features, 1, bias=False) if deep else nn.Identity()
-        self.hidden = YatConv(features if deep else width, features, 3, strides, f["spherical"], f["unit_bias"])
-        self.out = Conv(features, out, 1 if deep else 3, zero_sum=True)
+        self.hidden = YatConv(features if deep else width, units, 3, strides, f["spherical"], f["unit_bias"])
+        self.out = Conv(units, out, 1 if deep else 3, zero_sum=True)
         changes = strides > 1 or width != out
         self.skip = Conv(width, out, 1, strides, bias=False) if changes else nn.Identity()
 
@@ -300,12 +300,12 @@ class YatBlock(nn.Module):
 class ReLUBlock(nn.Module):
     """relu(skip(x) + out(hidden(reduce(x)))), all convolutions with BatchNorm."""
 
-    def __init__(self, f: dict[str, Any], width: int, features: int, out: int, strides: int):
+    def __init__(self, f: dict[str, Any], width: int, features: int, units: int, out: int, strides: int):
         super().__init__()
         deep, e = f["bottleneck"], f["norm_epsilon"]
         self.reduce = NormalizedConv(width, features, 1, 1, e) if deep else nn.Identity()
-        self.hidden = NormalizedConv(features if deep else width, features, 3, strides, e)
-        self.out = NormalizedConv(features, out, 1 if deep else 3, 1, e, relu=False)
+        self.hidden = NormalizedConv(features if deep else width, units, 3, strides, e)
+        self.out = NormalizedConv(units, out, 1 if deep else 3, 1, e, relu=False)
         changes = strides > 1 or width != out
         self.skip = NormalizedConv(width, out, 1, strides, e, relu=False) if changes else nn.Identity()
 
