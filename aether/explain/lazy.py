@@ -25,7 +25,7 @@ from flax import nnx
 from jax import Array
 
 from aether.errors import InputError
-from aether.kernels.dense import Form, Operands, multiply, squares
+from aether.kernels.dense import TINY, Form, Operands, multiply, squares
 from aether.kernels.tail import FLOOR
 from aether.kernels.yat import squared_distances
 from aether.nn import YatMLP, YatNMN
@@ -39,12 +39,14 @@ class Nearest(NamedTuple):
     Attributes:
       chosen: (m, k), which units; n where there are fewer.
       y: (m, k), their responses, float32; 0 where there are fewer.
-      beyond: no unit left out is nearer than this squared distance, (m, 1), or (m, n) where it is known of each.
+      beyond: no unit left out is nearer than this squared distance, (m, 1); or of each cell (m, cells).
+      cell: (n,), where each unit is; None: in one cell.
     """
 
     chosen: Array
     y: Array
     beyond: Array
+    cell: Array | None = None
 
 
 def nearest(layer: YatNMN, x: Array, k: int) -> Nearest:
@@ -93,7 +95,8 @@ def bounds(layer: YatNMN, x: Array, found: Nearest, out: Array) -> Bounds:
     else:
         long, lengths = jnp.sqrt(squares(x, -1))[:, None], jnp.sqrt(squares(w, 0))
         apart, most = (long - lengths) ** 2, (long + lengths) ** 2
-    least = jnp.maximum(jnp.minimum(jnp.maximum(found.beyond, apart), most) - FLOOR * ops.s, 0.0)
+    beyond = found.beyond if found.cell is None else found.beyond[:, found.cell]
+    least = jnp.maximum(jnp.minimum(jnp.maximum(beyond, apart), most) - FLOOR * ops.s, 0.0)
     ends = [
         (jnp.abs((ops.s - d) / 2.0 + b) + FLOOR * (ops.s + d + jnp.abs(b))) ** 2 / (d + epsilon) for d in (least, most)
     ]
@@ -180,11 +183,12 @@ class Cells:
         faiss = _faiss()
         _, w, ops = _operands(layer, jnp.zeros((1, layer.kernel_shape[0])))
         self.layer, self.rows = layer, np.ascontiguousarray(np.asarray(w.astype(jnp.float32) * ops.w_scale).T)
+        self.squares = np.sum(self.rows**2, -1)
         n, d = self.rows.shape
         cells = cells or min(n, round(4 * math.sqrt(n)))
         if not 1 <= probes <= cells <= n:
             raise InputError(
-                f"{probes} probes of {cells} cells of {n} prototypes; each must be at least the one before."
+                f"{probes} probes of {cells} cells of {n} prototypes: take 1 probe or more, not more than there are."
             )
         self.probes, self.means = probes, faiss.IndexFlatL2(d)
         self.index = faiss.IndexIVFFlat(self.means, d, cells)
@@ -198,8 +202,10 @@ class Cells:
 
     def nearest(self, x: Array, k: int) -> Nearest:
         """Evaluate for each row of x (m, d) the k nearest units in the cells whose means are nearest to it."""
-        x, w, ops = _operands(self.layer, x)
-        points = np.ascontiguousarray(x.astype(jnp.float32) * ops.x_scale)
+        points = np.asarray(x.astype(self.layer.dtype), np.float32)
+        if self.layer.spherical:
+            square = np.sum(points**2, -1, keepdims=True)
+            points = points * np.where(square > TINY, 1.0 / np.sqrt(np.maximum(square, TINY)), 0.0)
         from_means, order = self.means.search(points, len(self.radius))
         probed = np.ascontiguousarray(order[:, : self.probes])
         d, index = self.index.search_preassigned(points, k, probed, np.ascontiguousarray(from_means[:, : self.probes]))
@@ -208,11 +214,14 @@ class Cells:
         np.put_along_axis(beyond, order, np.maximum(gap, 0.0) ** 2, -1)
         inside = np.maximum(np.take_along_axis(beyond, probed, -1), d[:, -1:])
         np.put_along_axis(beyond, probed, inside, -1)
-        there = jnp.asarray(np.where(index < 0, len(self.rows), index))
-        dot = multiply("md,mkd->mk", jnp.asarray(points), jnp.asarray(self.rows[np.maximum(index, 0)]))
-        apart = jnp.maximum(2.0 - 2.0 * dot, 2.0 * FLOOR) if self.layer.spherical else jnp.maximum(jnp.asarray(d), 0.0)
-        y = jnp.where(jnp.asarray(index < 0), 0.0, _respond(self.layer, dot, apart, there))
-        return Nearest(there, y, jnp.asarray(beyond[:, self.cell], jnp.float32))
+        at = np.maximum(index, 0)
+        dot = (
+            np.sum(points**2, -1)[:, None] + self.squares[at] - d
+        ) / 2.0  # for no row of the prototypes is read again
+        apart = np.maximum(2.0 - 2.0 * dot, 2.0 * FLOOR) if self.layer.spherical else np.maximum(d, 0.0)
+        y = _respond(self.layer, *(jnp.asarray(a) for a in (dot, apart, at)))
+        chosen = jnp.asarray(np.where(index < 0, len(self.rows), index))
+        return Nearest(chosen, jnp.where(index < 0, 0.0, y), jnp.asarray(beyond, jnp.float32), jnp.asarray(self.cell))
 
 
 def _faiss() -> Any:
