@@ -55,14 +55,16 @@ def centres(layer: YatNMN | YatConv) -> np.ndarray:
     return _directed(kernel.reshape(-1, kernel.shape[-1]).T, layer.spherical)
 
 
-def gram(layer: YatNMN | YatConv) -> np.ndarray:
-    """Return k_β(w_i, w_j) of the layer's centres (units, units) in float64.
+def gram(layer: YatNMN | YatConv, limit: int | None = None) -> np.ndarray:
+    """Return k_β(w_i, w_j) of the layer's centres (units, units) in float64, or of `limit` of them, evenly spaced.
 
     Raises:
       InputError: groups of the units see different channels, so that there is no one kernel.
     """
     _check_groups(layer)
     w = centres(layer)
+    if limit is not None and limit < len(w):
+        w = w[np.linspace(0, len(w) - 1, limit).round().astype(int)]
     dot, square = w @ w.T, np.sum(w**2, -1)
     apart = (2.0 if layer.spherical else square[:, None] + square) - 2.0 * dot
     return (dot + _beta(layer)) ** 2 / (np.maximum(apart, 0.0) + np.asarray(layer.unit()["epsilon"], np.float64))
@@ -133,8 +135,8 @@ class Capacity:
       papers: |α| (‖w‖² + |b|)²/ε, with α in the kernel.
       exact: whether the norms are equalities, not upper bounds: one b ≥ 0 for all units.
       beta: the largest |b|.
-      eigenvalues: of the centres' Gram matrix, in descending order.
-      effective_rank: of it.
+      eigenvalues: of the Gram matrix of all centres, or of as many as were asked for, in descending order.
+      effective_rank: of it, at most their number.
       bound: over the samples, if there were any.
     """
 
@@ -151,14 +153,19 @@ class Capacity:
         n = self.norms
         top = float(self.eigenvalues[0] / self.eigenvalues.sum())
         numbers = dict(units=len(n), total=n.sum(), mean=n.mean(), median=np.median(n), largest=n.max())
-        return {k: float(v) for k, v in numbers.items()} | dict(effective_rank=self.effective_rank, top_share=top)
+        return {k: float(v) for k, v in numbers.items()} | dict(
+            centres=float(len(self.eigenvalues)), effective_rank=self.effective_rank, top_share=top
+        )
 
 
-def capacity(layer: YatNMN | YatConv, x: np.ndarray | None = None) -> Capacity:
-    """Return the capacity of one layer, with the bound over its inputs `x` if they are given."""
+def capacity(layer: YatNMN | YatConv, x: np.ndarray | None = None, limit: int | None = 1024) -> Capacity:
+    """Return the capacity of one layer, with the bound over its inputs `x` if they are given.
+
+    The spectrum is that of at most `limit` centres (None: of all, at a cost that grows with their cube).
+    """
     norms = np.asarray(squared_norms(layer), np.float64)
     alpha, bias = (np.asarray(layer.unit()[k], np.float64) for k in ("alpha", "bias"))
-    eigenvalues = np.linalg.eigvalsh(gram(layer))[::-1]
+    eigenvalues = np.linalg.eigvalsh(gram(layer, limit))[::-1]
     return Capacity(
         norms=norms,
         papers=norms / np.abs(np.where(alpha == 0, np.inf, alpha)),
@@ -170,7 +177,7 @@ def capacity(layer: YatNMN | YatConv, x: np.ndarray | None = None) -> Capacity:
     )
 
 
-def capacities(model: Any, x: np.ndarray | None = None) -> dict[str, Capacity]:
+def capacities(model: Any, x: np.ndarray | None = None, limit: int | None = 1024) -> dict[str, Capacity]:
     """Return the capacity of every layer that has prototypes by name, with its bound if the model's inputs are given.
 
     Raises:
@@ -180,7 +187,7 @@ def capacities(model: Any, x: np.ndarray | None = None) -> dict[str, Capacity]:
     if not layers:
         raise InputError("The network has no ⵟ units with prototypes, whose capacity this is; a ⵟ-MLP has them.")
     inputs = {name: s.x for name, s in seen(model, x).items()} if x is not None else {}
-    return {name: capacity(layer, inputs.get(name)) for name, layer in layers.items()}
+    return {name: capacity(layer, inputs.get(name), limit) for name, layer in layers.items()}
 
 
 def _beta(layer: YatNMN | YatConv) -> float:

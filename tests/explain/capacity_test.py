@@ -114,6 +114,9 @@ def test_one_layer_with_both_conventions_and_what_is_exact(rng):
     summary = found.summary()
     assert summary["units"] == 4 and 1 <= summary["effective_rank"] <= 4 and 0.25 <= summary["top_share"] <= 1
     assert summary["total"] == pytest.approx(4 * summary["mean"])
+    few = capacity(shared, limit=2)
+    assert few.summary()["centres"] == len(few.eigenvalues) == 2 and len(few.norms) == 4
+    np.testing.assert_allclose(few.eigenvalues.sum(), gram(shared)[[0, 3], [0, 3]].sum())
     assert not capacity(drawn(rng, YatNMN(3, 4, rngs=nnx.Rngs(0)))).exact
 
 
