@@ -171,6 +171,14 @@ def test_values_that_contradict_each_other_are_refused(values, message):
         build({"model": {**values["model"], "position": "learned"}}).resolved(100)  # only rotation needs pairs
 
 
+def test_decay_of_norms_is_for_networks_that_have_units():
+    for model in (dict(kind="gpt2"), dict(kind="aether", mlp="gelu"), dict(kind="resnet")):
+        with pytest.raises(InputError, match=r"optim.rkhs_decay is 0.1, but this .* set it to 0, or .*aether_resnet"):
+            with_(model=model, optim=dict(rkhs_decay=0.1)).resolved()
+    for model in (dict(kind="aether"), dict(kind="gpt2", mlp="yat"), dict(kind="resnet", head="yat")):
+        with_(model=model, optim=dict(rkhs_decay=0.1)).resolved()
+
+
 def test_resolved_configs_survive_json():
     config = with_(optim=dict(lr_scale={"a": 2.0}), data=dict(validation={"v": "p"})).resolved(100)
     assert build(config.to_json()) == config

@@ -46,6 +46,7 @@ HOMES = {
 NUMERIC = ("jax", "jaxlib", "flax", "optax", "orbax")
 DISTRIBUTIONS = {
     "absl": "absl-py",
+    "faiss": "faiss-cpu",
     "orbax": "orbax-checkpoint",
     "yaml": "pyyaml",
     "PIL": "pillow",

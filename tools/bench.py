@@ -18,6 +18,7 @@ python -m tools.bench --what=images     images a second of reading, decoding and
 python -m tools.bench --what=evaluate   tokens a second of the task `documents` against the bare forward pass
 python -m tools.bench --what=decode     decoding with the key/value cache against recomputing
 python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
+python -m tools.bench --what=lazy       a ⵟ-MLP at its k nearest prototypes: error, bound, time by the dense one's
 python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
 
 The rows of the README's table, each by one command:
@@ -56,6 +57,7 @@ from tools import (
     bench_evaluate,
     bench_images,
     bench_layers,
+    bench_lazy,
     bench_linear,
     bench_save,
     bench_stack,
@@ -80,6 +82,7 @@ LINES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = dict(
     evaluate=bench_evaluate.rows,
     decode=lambda args: iter([bench_stack.decode(args)]),
     layers=lambda args: bench_layers.rows(here(args.backend, args.memory), args.rounds),
+    lazy=lambda args: bench_lazy.rows(args.rows or 256, args.width or 256, args.hidden or 4096, args.rounds),
     save=lambda args: bench_save.rows(args.mb, args.rounds),
 )
 

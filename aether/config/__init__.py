@@ -15,7 +15,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from aether.config.data import DataConfig, ImageConfig, Pictures
-from aether.config.kinds import KINDS, LEARNING_RATES, RATE_FACTORS, SIZES
+from aether.config.kinds import BASELINES, KINDS, LEARNING_RATES, RATE_FACTORS, SIZES
 from aether.config.model import ModelConfig
 from aether.config.run import CheckpointConfig, FaultsConfig, MeshConfig, OptimConfig, TrainConfig
 from aether.config.section import AUTO
@@ -73,6 +73,11 @@ class Config:
         model = self.model.resolved(pictures.classes if pictures else vocab, image.size)
         rate = self.optim.learning_rate or LEARNING_RATES[model.family][model.size] * RATE_FACTORS[model.kind]
         self._check_task()
+        if self.optim.rkhs_decay and not model.prototypes:
+            raise InputError(
+                f"optim.rkhs_decay is {self.optim.rkhs_decay}, but this {model.kind} has no ⵟ units in MLPs, "
+                f"convolutions or the head; set it to 0, or model.kind to one of {', '.join(BASELINES)}."
+            )
         length = self.optim.schedule_steps or self.train.steps
         optim = dataclasses.replace(self.optim, learning_rate=rate, schedule_steps=length)
         if self.data.batch_size % self.train.accumulate:

@@ -126,6 +126,11 @@ class ModelConfig(Section, prefix="model"):
         return TASKS[self.family]
 
     @property
+    def prototypes(self) -> bool:
+        """Whether a resolved network has ⵟ units with weights of their own, as attention has none."""
+        return self.kind == "aether_resnet" or "yat" in (self.mlp, self.head)
+
+    @property
     def rows(self) -> int:
         """Rows of the embedding: the ids, and of a masked language model the mask, padded by `vocab_multiple`."""
         ids = self.vocab + (self.task == "mlm")

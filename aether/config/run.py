@@ -25,6 +25,9 @@ class OptimConfig(Section, prefix="optim"):
         r"bias|alpha|epsilon|scale",
         "regular expression over parameter paths that are never decayed (vectors never are)",
     )
+    rkhs_decay: float = knob(
+        0.0, "decoupled decay of the mean squared RKHS norm of each layer's ⵟ units, times the learning rate", low=0.0
+    )
     lr_scale: dict[str, float] = knob(
         {}, "learning rate multiplier, regular expression over paths -> factor (first match)"
     )

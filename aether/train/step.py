@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from aether.config import Config
+from aether.explain.capacity import penalty
 from aether.losses import Loss
 from aether.train.optim import learning_rate_scales, make_optimizer, make_schedule
 from aether.train.spikes import empty_window, is_spike, pushed
@@ -61,7 +62,9 @@ def make_step(
 
     The batch may be split into `train.accumulate` microbatches; their gradients are those of summed losses, divided by
     what the whole batch scores, so that the result does not depend on the split, but for what looks at a microbatch as
-    a whole: BatchNorm's statistics, and the partners of mixed images. A step whose loss or gradient is not finite, or
+    a whole: BatchNorm's statistics, and the partners of mixed images. `optim.rkhs_decay` times the gradient of
+    `aether.explain.capacity.penalty` is taken off the parameters times the learning rate, as weight decay is: neither
+    clipping nor Adam's scales, which are the loss's, see it. A step whose loss or gradient is not finite, or
     whose loss is a spike (`aether.train.spikes`), changes nothing but the counters. Metrics: loss (nats a token or
     image), accuracy (of mixed images against their own labels), grad_norm, learning_rate, `tokens` or `images`, those
     that were scored, skipped, skipped_in_a_row, where spikes are looked for `spike`, and where the batch carries `stop`
@@ -76,6 +79,7 @@ def make_step(
     optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim)
     scales = learning_rate_scales(config.optim, params)
     seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
+    rkhs_decay = config.optim.rkhs_decay
 
     def total(params: Any, extras: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
         model = nnx.merge(graph, params, extras, copy=True)  # variables of this trace, which a loss may change
@@ -96,6 +100,9 @@ def make_step(
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            if rkhs_decay:
+                pull = jax.grad(lambda params: penalty(nnx.merge(graph, params, state.extras, copy=True)))(state.params)
+                updates = jax.tree.map(lambda u, g: u - rkhs_decay * g, updates, pull)
             params = jax.tree.map(
                 lambda s, p, u: jax.tree.map(lambda p, u: p + rate * s * u, p, u), scales, state.params, updates
             )

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aether.explain.capacity import penalty
 from aether.losses import lm
+from aether.nn import YatNMN
 from aether.testing import VOCAB, equations, tiny_batch, tiny_config
 from aether.train.step import accumulate, init_state, make_step
 
@@ -41,6 +43,25 @@ def squares(model, batch, key):
     error = jnp.sum((batch["x"] @ model.kernel[...] + model.bias[...] - batch["y"] - noise) ** 2, -1)
     total, weight = jnp.sum(batch["mask"] * error), jnp.sum(batch["mask"])
     return total, dict(nll=total, correct=weight, weight=weight)
+
+
+class Units(nnx.Module):
+    """A ⵟ layer for the regression."""
+
+    def __init__(self):
+        options = dict(epsilon=0.5, learnable_epsilon=True, softplus_bias=True, bias_init=0.3, alpha_init=0.7)
+        self.layer = YatNMN(3, 2, **options, rngs=nnx.Rngs(0))
+
+
+def squares_of_units(model, batch, key):
+    error = jnp.sum((model.layer(batch["x"]) - batch["y"]) ** 2, -1)
+    return jnp.sum(error), dict(nll=jnp.sum(error), correct=jnp.float32(0), weight=jnp.sum(batch["mask"]))
+
+
+def units(**optim):
+    config = tiny_config(optim=dict(warmup_steps=0, lr_scale={"kernel": 0.5}, clip=0.1, **optim))
+    graph, params = nnx.split(Units())
+    return graph, init_state(config, params), jax.jit(make_step(config, graph, squares_of_units, params))
 
 
 def line(**train):
@@ -231,3 +252,38 @@ def test_muon_learns_too(trainer):
         state, metrics = step(state, tiny_batch(config))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.2 and int(state.skipped) == 0
+
+
+def test_the_decay_of_norms_is_their_gradient_times_the_learning_rate():
+    """By differences in the norms' formula; on top of a step whose gradient is clipped and scaled by Adam."""
+    (_, state, plain), (_, _, decayed) = units(), units(rkhs_decay=0.2)
+    (without, metrics), (with_it, same) = plain(state, rows()), decayed(state, rows())
+    assert float(metrics["grad_norm"]) == float(same["grad_norm"]) > 0.1
+
+    def mean(p):
+        square, bias = np.sum(p["kernel"] ** 2, 0), np.log1p(np.exp(p["bias"]))
+        return np.mean(p["alpha"] ** 2 * (square + bias) ** 2 / np.log1p(np.exp(p["epsilon_param"])))
+
+    start, a, b = (
+        {k: np.asarray(v[...], np.complex128) for k, v in s.params["layer"].items()} for s in (state, without, with_it)
+    )
+    rate = float(metrics["learning_rate"])
+    for name, value in start.items():
+        slope = np.zeros(value.shape)
+        for at in np.ndindex(value.shape):
+            moved = value.copy()
+            moved[at] += 1e-30j
+            slope[at] = mean(start | {name: moved}).imag / 1e-30
+        want = -rate * (0.5 if name == "kernel" else 1.0) * 0.2 * slope
+        assert np.abs(want).min() > 1e-5
+        np.testing.assert_allclose((b[name] - a[name]).real, want, atol=2e-7, err_msg=name)
+
+
+def test_training_with_the_decay_of_norms_lowers_them():
+    found = []
+    for optim in (dict(), dict(rkhs_decay=0.3)):
+        graph, state, step = units(weight_decay=0.0, **optim)
+        for k in range(30):
+            state, _ = step(state, rows(k))
+        found.append(float(penalty(nnx.merge(graph, state.params))))
+    assert found[1] < 0.8 * found[0]
