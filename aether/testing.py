@@ -101,7 +101,7 @@ def tiny_run(kind: str, folder: Path) -> Config:
     images = kind in ("aether_resnet", "resnet", "aether_vit", "vit")
     model: dict[str, Any] = dict(kind=kind, dtype="float32")
     model |= dict(stages="1,1", width=8) if kind.endswith("resnet") else dict(layers=2, heads=2, width=16)
-    path = str(tiny_images(folder, 640) if images else tiny_text(folder))  # 64 of them validate
+    path = str(tiny_images(folder, 704) if images else tiny_text(folder))  # 64 of them validate
     data = dict(path=path, context=16, batch_size=8, workers=0) | ({} if images else dict(tokenizer="chars"))
     return build(
         dict(

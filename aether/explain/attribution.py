@@ -86,8 +86,19 @@ def attribute(model: Any, x: np.ndarray, target: int, position: int = -1) -> Att
     if text and not -len(x) <= position < len(x):
         raise InputError(f"The position is {position}; the text has {len(x)}, counted from 0.")
     graph, state = nnx.split(model)
-    found = jax.device_get(_attribute(graph, state, jnp.asarray(x), target, position % len(x)))
-    return Attribution(*(jax.tree.map(lambda a: float(a) if not np.ndim(a) else np.asarray(a), part) for part in found))
+    logit, *found = jax.device_get(_attribute(graph, state, jnp.asarray(x), target, position % len(x)))
+    layers, units, sources, weights, bias = ({n: part[n] for n in _names(model) if n in part} for part in found)
+    numbers = ({name: float(a) for name, a in part.items()} for part in (layers, bias))
+    return Attribution(float(logit), next(numbers), units, sources, weights, next(numbers))
+
+
+def _names(model: Any) -> list[str]:
+    """Return what shares may be called, in the order of the forward pass, which what `jit` returns has not."""
+    if isinstance(model, ResNet):
+        blocks = [f"stages.{s}.{k}" for s, count in enumerate(model.config.blocks) for k in range(count)]
+        return ["stem", *blocks, "constant"]
+    parts = [f"blocks.{k}.{part}" for k in range(model.config.layers) for part in ("attention", "mlp")]
+    return ["embed", "position", *parts, "constant"]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -213,7 +224,6 @@ def _of_resnet(model: ResNet, x: Array, target: Array, position: Array) -> tuple
             constant += jnp.sum(back * skip(jnp.zeros_like(before)))
             back = _transposed(skip, before, back)
     shares["stem"] = jnp.sum(back * start)
-    shares, units, sources, biases = (dict(reversed(part.items())) for part in (shares, units, sources, biases))
     return logit, shares | {"constant": constant}, units, sources, {}, biases
 
 

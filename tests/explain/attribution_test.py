@@ -27,6 +27,9 @@ def test_shares_add_up(name):
     size = sum(map(abs, found.layers.values()))
     assert found.logit == pytest.approx(float(whole[0, TARGET]), rel=1e-4, abs=1e-5 * size)
     assert abs(sum(found.layers.values()) - found.logit) <= 1e-5 * size
+    first, *middle, last = found.layers
+    assert first in ("embed", "stem") and last == "constant"
+    assert list(found.units) == [layer for layer in middle if layer in found.units]
     assert len({round(v, 12) for v in found.layers.values()}) > 3  # no two alike: something was computed
     for parts in (found.units, found.sources):
         for layer, shares in parts.items():
