@@ -9,6 +9,7 @@ from aether.explain.attribution import attribute
 from aether.testing import NETWORKS, TEXTS, drawn_state, inputs_of, network_config
 
 TARGET = 1
+SOME = ("aether", "gpt2", "minibert_linear", "aether_vit", "aether_resnet", "resnet")
 
 
 def made(name):
@@ -17,7 +18,7 @@ def made(name):
     return config, model, inputs_of(config, rows=1)[0]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
 def test_shares_add_up(name):
     config, model, x = made(name)
     found = attribute(model, x, TARGET, -2 if name in TEXTS else -1)

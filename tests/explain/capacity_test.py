@@ -12,7 +12,8 @@ from aether.errors import InputError
 from aether.explain.capacity import capacities, capacity, centres, effective_rank, gram, penalty, rademacher
 from aether.explain.capacity import squared_norms as norms_of
 from aether.explain.layers import layers_of
-from aether.nn import YatConv2D, YatNMN
+from aether.models import describe_model
+from aether.nn import YatConv, YatConv2D, YatNMN
 from aether.nn.param import stack
 from aether.testing import NETWORKS, drawn_state, inputs_of, network_config
 from tools import reference
@@ -134,11 +135,12 @@ def test_by_layer_of_a_network(name):
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_the_config_knows_which_networks_have_prototypes(name):
     config = network_config(name)
-    model = nnx.merge(*drawn_state(config))
-    assert config.model.prototypes == (float(penalty(model)) > 0)
+    graph, *shapes = describe_model(config)
+    model = nnx.merge(graph, *shapes)
+    assert config.model.prototypes == any(isinstance(m, YatNMN | YatConv) for _, m in nnx.iter_modules(model))
     if not config.model.prototypes:
         with pytest.raises(InputError, match=re.escape("no ⵟ units with prototypes")):
-            capacities(model)
+            capacities(nnx.merge(*drawn_state(config)))
 
 
 def test_layers_that_are_stacked_have_each_their_norms(rng):

@@ -39,7 +39,7 @@ def export(trained, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("kind", ["aether", "aether_resnet"])
+@pytest.mark.parametrize("kind", ["aether", pytest.param("aether_resnet", marks=pytest.mark.slow)])
 def test_a_run_comes_back(kind, trained, export, tmp_path):
     again = tmp_path / "again"
     assert load_export(str(export(kind)), str(again), log=quiet) == 30
