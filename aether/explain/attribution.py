@@ -20,6 +20,7 @@ from jax import Array
 
 from aether.errors import InputError
 from aether.explain.layers import blocks_of
+from aether.kernels.yat import unit
 from aether.models.block import MLP
 from aether.models.resnet import NormalizedConv, ResNet
 from aether.models.vit import ViT, cut
@@ -182,19 +183,16 @@ def _head(head: Linear | YatNMN, z: Array, target: Array) -> tuple[Array, Array]
     """Return (direction, constant) with logit = z · direction + constant, for this z."""
     if isinstance(head, Linear):
         return head.kernel[...][:, target], jnp.zeros(()) if head.bias is None else head.bias[...][target]
-    w, unit = head.prototypes(None, "float32")[:, target], head.unit()
-    bias, alpha, epsilon = (jnp.broadcast_to(unit[k], (head.kernel_shape[1],))[target] for k in _NAMES)
-    z, w, length = (z, w, 1.0) if not head.spherical else (_unit(z), _unit(w), jnp.linalg.norm(z))
+    w, own = head.prototypes(None, "float32")[:, target], head.unit()
+    bias, alpha, epsilon = (_of_unit(own[k], head, target) for k in ("bias", "alpha", "epsilon"))
+    z, w, length = (z, w, 1.0) if not head.spherical else (unit(z), unit(w), jnp.linalg.norm(z))
     n = z @ w + bias
     ratio = alpha * n / (jnp.maximum(z @ z + w @ w - 2 * z @ w, 0.0) + epsilon)
     return ratio * w / length, ratio * bias
 
 
-_NAMES = ("bias", "alpha", "epsilon")
-
-
-def _unit(x: Array) -> Array:
-    return x / jnp.maximum(jnp.linalg.norm(x), 1e-30)
+def _of_unit(number: Array | float, head: YatNMN, target: Array) -> Array:
+    return jnp.broadcast_to(jnp.asarray(number), (head.kernel_shape[1],))[target]
 
 
 def _of_resnet(model: ResNet, x: Array, target: Array, position: Array) -> tuple:

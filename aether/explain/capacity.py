@@ -24,6 +24,7 @@ from jax import Array
 
 from aether.errors import InputError
 from aether.explain.layers import layers_of, seen
+from aether.explain.points import centres_of, directions, points_of
 from aether.nn import YatConv, YatNMN
 
 
@@ -49,12 +50,6 @@ def penalty(model: nnx.Module) -> Array:
     return sum((jnp.sum(jnp.mean(n, -1)) for n in norms), jnp.zeros(()))
 
 
-def centres(layer: YatNMN | YatConv) -> np.ndarray:
-    """Return the prototypes (units, d) in float64, kernels of convolutions as patches; unit vectors if spherical."""
-    kernel = np.asarray(layer.prototypes(None, "float32"), np.float64)
-    return _directed(kernel.reshape(-1, kernel.shape[-1]).T, layer.spherical)
-
-
 def gram(layer: YatNMN | YatConv, limit: int | None = None) -> np.ndarray:
     """Return k_β(w_i, w_j) of the layer's centres (units, units) in float64, or of `limit` of them, evenly spaced.
 
@@ -62,7 +57,7 @@ def gram(layer: YatNMN | YatConv, limit: int | None = None) -> np.ndarray:
       InputError: groups of the units see different channels, so that there is no one kernel.
     """
     _check_groups(layer)
-    w = centres(layer)
+    w = centres_of(layer)
     if limit is not None and limit < len(w):
         w = w[np.linspace(0, len(w) - 1, limit).round().astype(int)]
     dot, square = w @ w.T, np.sum(w**2, -1)
@@ -111,7 +106,9 @@ def rademacher(layer: YatNMN | YatConv, x: np.ndarray, radius: float | None = No
     if radius is None:
         radius = float(np.sqrt(np.max(squared_norms(layer))))
         origin = "is read off the trained units: a description, not a guarantee for them"
-    rows = _directed(_rows(layer, x), layer.spherical)
+    _check_groups(layer)
+    rows = np.asarray(points_of(layer, x), np.float64)
+    rows = directions(rows) if layer.spherical else rows
     square = np.sum(rows**2, -1)
     apart = 2.0 - 2.0 * square if layer.spherical else 0.0
     beta, epsilon = _beta(layer), np.asarray(layer.unit()["epsilon"], np.float64)
@@ -194,24 +191,7 @@ def _beta(layer: YatNMN | YatConv) -> float:
     return float(np.max(np.abs(layer.unit()["bias"])))
 
 
-def _rows(layer: YatNMN | YatConv, x: np.ndarray) -> np.ndarray:
-    """Return the inputs of a layer as (n, d) in float64: rows, or patches."""
-    if isinstance(layer, YatNMN):
-        return np.asarray(x, np.float64).reshape(-1, layer.kernel_shape[0])
-    _check_groups(layer)
-    padded, window = layer.window(jnp.asarray(x).reshape(-1, *x.shape[-len(layer.kernel_shape) + 1 :]))
-    patches = np.asarray(window.patches(padded), np.float64)
-    return patches.reshape(-1, patches.shape[-2] * patches.shape[-1])
-
-
 def _check_groups(layer: YatNMN | YatConv) -> None:
     groups = layer.groups if isinstance(layer, YatConv) else 1
     if groups > 1:
         raise InputError(f"The layer has {groups} groups of units that see different channels: there is no one kernel.")
-
-
-def _directed(rows: np.ndarray, spherical: bool) -> np.ndarray:
-    if not spherical:
-        return rows
-    length = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)

@@ -9,23 +9,11 @@ import numpy as np
 
 from aether.errors import InputError
 from aether.explain.layers import layers_of, watching
+from aether.explain.points import points_of
 from aether.explain.surgery import places_of
-from aether.nn import YatConv2D
 from aether.nn.prototypes import draw_prototypes
 
 _CHOICE = 4  # inputs to choose from, for each centre
-
-
-def points_of(layer: Any, x: np.ndarray) -> np.ndarray:
-    """Return what the prototypes of a layer are compared with, (n, d): rows of its input, of a convolution patches.
-
-    The entries of a patch are in the order of the kernel's.
-    """
-    if not isinstance(layer, YatConv2D):
-        return x.reshape(-1, x.shape[-1])
-    padded, window = layer.window(jnp.asarray(x))
-    patches = np.asarray(window.patches(padded))
-    return patches.reshape(-1, patches.shape[-2] * patches.shape[-1])
 
 
 def drawn(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from aether.explain.layers import layers_of
+from aether.explain.points import directions
 from aether.explain.surgery import Place, places_of
 
 _ROWS = 512  # compared with all others at once
@@ -37,12 +38,6 @@ def _candidates(w: np.ndarray, squares: np.ndarray, tolerance: float, relative: 
         for i, j in np.argwhere(near):
             if start + i < j:
                 yield int(start + i), int(j)
-
-
-def directions(centres: np.ndarray) -> np.ndarray:
-    """Return rows of length 1; a row of zeros stays."""
-    lengths = np.linalg.norm(centres, axis=-1, keepdims=True)
-    return centres / np.where(lengths, lengths, 1.0)
 
 
 def equal_units(arrays: Sequence[Mapping[str, np.ndarray]], model: Any, tolerance: float) -> dict[str, list]:

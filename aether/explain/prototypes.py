@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aether.errors import InputError
-from aether.explain.centres import points_of
-from aether.explain.duplicates import close_pairs, directions
+from aether.explain.duplicates import close_pairs
 from aether.explain.layers import layer_of, watching
+from aether.explain.points import centres_of, directions, points_of
 from aether.models.resnet import NormalizedConv, ResNet
 from aether.models.vit import ViT
 from aether.nn import YatConv2D, YatNMN
@@ -48,19 +48,12 @@ class Silent(NamedTuple):
     scale: float
 
 
-def centres_of(layer: Any) -> np.ndarray:
-    """Return the prototypes as the layer compares them, (units, d), float64: of length 1 if it is spherical."""
-    kernel = np.asarray(layer.prototypes(None, "float32"), np.float64)
-    centres = kernel.reshape(-1, kernel.shape[-1]).T
-    return directions(centres) if layer.spherical else centres
-
-
 def compared(layer: Any, points: np.ndarray, by: str = "distance") -> np.ndarray:
     """Return the distance ‖x − w‖ of every point and prototype, or the response α (x·w + b)²/(‖x − w‖² + ε).
 
     Args:
       layer: with prototypes; a spherical one compares unit vectors.
-      points: (n, d), as `aether.explain.centres.points_of` returns them.
+      points: (n, d), as `aether.explain.points.points_of` returns them.
       by: "distance" or "response".
 
     Returns:

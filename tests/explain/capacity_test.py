@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from aether.errors import InputError
-from aether.explain.capacity import capacities, capacity, centres, effective_rank, gram, penalty, rademacher
+from aether.explain.capacity import capacities, capacity, effective_rank, gram, penalty, rademacher
 from aether.explain.capacity import squared_norms as norms_of
 from aether.explain.layers import layers_of
+from aether.explain.points import centres_of
 from aether.models import describe_model
 from aether.nn import YatConv, YatConv2D, YatNMN
 from aether.nn.param import stack
@@ -38,9 +39,9 @@ def test_norms_bound_the_units_in_the_space_of_beta_and_are_reached(rng, spheric
     """‖f‖ ≤ B if and only if B² k − f ⊗ f is positive semi-definite on all finite sets."""
     layer = drawn(rng, YatNMN(3, 5, spherical=spherical, epsilon=0.2, **options, rngs=nnx.Rngs(0)))
     if not options:  # a unit that is zero at its own centre is not zero
-        layer.bias[...] = layer.bias[...].at[2].set(-np.sum(centres(layer)[2] ** 2))
+        layer.bias[...] = layer.bias[...].at[2].set(-np.sum(centres_of(layer)[2] ** 2))
     bias = np.broadcast_to(np.asarray(layer.unit()["bias"], np.float64), 5)
-    points = np.concatenate([rng.normal(size=(40, 3)), centres(layer)])
+    points = np.concatenate([rng.normal(size=(40, 3)), centres_of(layer)])
     k = kernel(points, points, np.abs(bias).max(), 0.2, spherical)
     alpha, w = np.float64(layer.alpha[0]), np.asarray(layer.kernel[...], np.float64)
     units = alpha * reference.yat(points, w, bias=bias, epsilon=0.2, spherical=spherical)

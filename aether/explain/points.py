@@ -1,0 +1,33 @@
+"""Prototypes and inputs of a layer as the points that it compares."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from aether.nn import YatConv
+
+
+def centres_of(layer: Any) -> np.ndarray:
+    """Return the prototypes as the layer compares them, (units, d), float64: of length 1 if it is spherical."""
+    kernel = np.asarray(layer.prototypes(None, "float32"), np.float64)
+    centres = kernel.reshape(-1, kernel.shape[-1]).T
+    return directions(centres) if layer.spherical else centres
+
+
+def points_of(layer: Any, x: np.ndarray) -> np.ndarray:
+    """Return what the prototypes of a layer are compared with, (n, d): rows of its input, of a convolution patches.
+
+    The entries of a patch are in the order of the kernel's.
+    """
+    if not isinstance(layer, YatConv):
+        return x.reshape(-1, x.shape[-1])
+    padded, window = layer.window(jnp.asarray(x).reshape(-1, *x.shape[-len(layer.kernel_shape) + 1 :]))
+    patches = np.asarray(window.patches(padded))
+    return patches.reshape(-1, patches.shape[-2] * patches.shape[-1])
+
+
+def directions(points: np.ndarray) -> np.ndarray:
+    """Return rows of length 1; a row of zeros stays."""
+    lengths = np.linalg.norm(points, axis=-1, keepdims=True)
+    return points / np.where(lengths, lengths, 1.0)
