@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from aether.export.parity import Verdict
 from aether.export.source import Target
+from aether.train.metrics import METRICS, read
 from aether.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -40,26 +41,16 @@ def record_of(run: "Run", dtype: str, parameters: int, licence: str) -> dict[str
 def _results(folder: Workdir, run: "Run") -> dict[str, dict[str, Any]]:
     """Return the scores of these parameters: those that training found, if it scored the same average, and of tasks."""
     found: dict[str, dict[str, Any]] = {}
-    path = folder.local / "metrics.jsonl"
     scored = run.average == ("ema" if run.config.train.ema else "none")
-    for scores in map(_loaded, path.read_bytes().split(b"\n") if scored and path.exists() else ()):
-        if scores and scores["split"] != "train" and scores["step"] <= run.step:
+    for scores in read(folder.local / METRICS) if scored else ():
+        if scores["split"] != "train" and scores["step"] <= run.step:
             found[scores["split"]] = {k: v for k, v in scores.items() if k != "split"}
     for file in sorted((folder.local / "evaluation").glob(f"*-{run.step}.json")):
-        scores = _loaded(file.read_bytes())
-        if scores and scores.get("average") == run.average:
+        scores = json.loads(file.read_bytes())
+        if scores.get("average") == run.average:
             kept = {k: v for k, v in scores.items() if not k.endswith("_stderr")}
             found[file.stem.removesuffix(f"-{run.step}")] = kept
     return found
-
-
-def _loaded(line: bytes) -> dict[str, Any] | None:
-    """Return a record, or None of a line that a killed run has left unfinished."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def card_of(

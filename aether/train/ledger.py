@@ -10,7 +10,6 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +104,13 @@ class Goodput:
 
 
 def read(path: Path) -> Goodput:
-    """Sum a ledger up; a torn line is left out.
+    """Sum a ledger up.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it holds no session.
     """
-    return total(_records(path.read_bytes().splitlines()))
+    return total(sessions(path))
 
 
 def report(workdir: str) -> str:
@@ -127,9 +126,10 @@ def report(workdir: str) -> str:
         raise InputError(f"{folder.path} has no {GOODPUT}; give the --workdir of a run that has started.") from None
 
 
-def _records(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+def sessions(path: Path) -> list[dict[str, Any]]:
+    """Return the last snapshot of each session, in the order in which they began; a torn line is left out."""
     last: dict[str, dict[str, Any]] = {}
-    for line in lines:
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
             last[record["session"]] = record

@@ -14,6 +14,7 @@ from typing import Any
 from aether.storage import storage_errors, write_atomic
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 NOT_A_NUMBER = float("nan")
 
 Values = Mapping[str, float | None]
@@ -58,23 +59,18 @@ class Metrics:
         self.furthest = -1  # the last step of the file as it was found
         self.dropped = 0
         self._path = path
-        self._file: io.FileIO | None = None
+        self._file: io.FileIO | None = None  # opened by the first line
         lines = path.read_bytes().splitlines(keepends=True) if path and path.exists() else []
         kept = [line for line in lines if self._load(line, start_step)]
         self.dropped = len(lines) - len(kept)
-        if path and write:
-            if self.dropped:
-                write_atomic(path, b"".join(kept))
-            with storage_errors(path):
-                self._file = open(path, "ab", buffering=0)
+        self._write = write and path is not None
+        if self._write and path and self.dropped:
+            write_atomic(path, b"".join(kept))
 
     def _load(self, line: bytes, start_step: float) -> bool:
         """Remember a line and say whether it stays."""
-        try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "split" not in record:
+        record = _record(line)
+        if record is None:
             return False
         self.furthest = max(self.furthest, record["step"])
         if record["step"] > start_step:
@@ -82,7 +78,7 @@ class Metrics:
         self.curves.setdefault(record["split"], Curve()).add(record)
         return True
 
-    def add(self, step: int, split: str, values: Values) -> None:
+    def add(self, step: int, split: str, values: Mapping[str, float | str | None]) -> None:
         """Remember a line, and write it if this process writes."""
         record: dict[str, Any] = {"step": step, "split": split}
         bad = []
@@ -96,9 +92,11 @@ class Metrics:
         if bad:
             record["nonfinite"] = bad
         self.curves.setdefault(split, Curve()).add(record)
-        if self._file is not None and self._path:
+        if self._write and self._path:
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
             with storage_errors(self._path):
+                if self._file is None:
+                    self._file = open(self._path, "ab", buffering=0)
                 while line:
                     line = line[self._file.write(line) :]
 
@@ -120,3 +118,19 @@ class Metrics:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of metrics, without torn ones; there are none in a file that is not there."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [record for record in map(_record, lines) if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return a line's record, or None of a torn one."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "split" in record
+    return record if whole else None

@@ -17,7 +17,7 @@ from aether.events import TensorBoard
 from aether.storage import write_atomic
 from aether.train.boards import Background, WandB, check_wandb
 from aether.train.curves import CURVES, draw, short
-from aether.train.metrics import METRICS, Curve, Metrics, Values
+from aether.train.metrics import METRICS, SAMPLES, Curve, Metrics, Values
 from aether.workdir import Workdir
 
 TERMINAL_SECONDS = 0.1  # between redraws of the bar
@@ -61,7 +61,10 @@ class Reporter:
         self.name, self.parameters = name, parameters
         self._workdir, self._primary = workdir, primary
         self._unit, self._per_step = unit, per_step
-        self._metrics = Metrics(workdir.file(METRICS) if primary else None, start_step=start_step, write=True)
+        self._metrics, self._samples = (
+            Metrics(workdir.file(name) if primary else None, start_step=start_step, write=True)
+            for name in (METRICS, SAMPLES)
+        )
         self._told: set[tuple[int, str]] = set()
         self._pending: dict[str, Curve] | None = None
         self._undrawn = self._closed = False
@@ -75,6 +78,7 @@ class Reporter:
                 self._wandb = WandB(workdir, wandb, name, config, self._metrics.furthest)
             except InputError:
                 self._metrics.close()
+                self._samples.close()
                 raise
         self._background = Background(self.say)
         if self._metrics.dropped:
@@ -114,6 +118,8 @@ class Reporter:
         """Show a text that the model wrote after `step` updates."""
         if not self._primary:
             return
+        if not self._samples.has(step, "sample"):
+            self._samples.add(step, "sample", dict(text=text))
         self.say("\n".join([f"step {step}  sample:", *(f"  | {line}" for line in text.splitlines())]))
         now = time.time()
         self._background.put("TensorBoard", lambda: self._board.text(step, now, "sample", text))
@@ -132,7 +138,8 @@ class Reporter:
     def flush(self) -> None:
         """Return once every line of `metrics.jsonl` is safe, on the remote too; the rest follows in the background."""
         self._metrics.flush()
-        self._workdir.sync(METRICS)
+        self._samples.flush()
+        self._workdir.sync(METRICS, SAMPLES)
         if self._primary:
             self._background.put("TensorBoard", self._board.flush)
             self._background.put("upload", self._workdir.sync)
@@ -151,6 +158,7 @@ class Reporter:
             self._background.stop()
             self._console.close()
         self._metrics.close()
+        self._samples.close()
         self._workdir.sync()
 
     def _record(self, step: int, split: str, values: Values) -> None:

@@ -1,0 +1,99 @@
+"""Make the report of a run: from its files alone, or with what its network can be taken apart into."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aether.config import dumps, finite
+from aether.errors import InputError
+from aether.evaluate.load import load_run
+from aether.report import records
+from aether.report.attribution import attribution
+from aether.report.capacity import capacity
+from aether.report.features import features
+from aether.report.lazy import lazy
+from aether.report.page import render
+from aether.report.prototypes import first, prototypes
+from aether.report.section import Content, Section
+from aether.report.subject import Asked, Subject
+from aether.workdir import Workdir
+
+REPORT, NUMBERS = "report.html", "explain.json"
+PARTS: dict[str, tuple[str, Callable[[Subject], Content]]] = {
+    "attribution": ("What made a guess", attribution),
+    "first_layer": ("First layer", first),
+    "prototypes": ("Prototypes", prototypes),
+    "capacity": ("Capacity", capacity),
+    "lazy": ("Only the nearest prototypes", lazy),
+    "features": ("A finite feature map", features),
+}
+
+
+def explain_run(
+    workdir: str,
+    what: Sequence[str] = (),
+    out: str | None = None,
+    *,
+    step: int | None = None,
+    average: str = "auto",
+    asked: Asked | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Take the network of a run apart; return step, the path of the report, and what came of each part.
+
+    The report, `report.html`, tells of the run and of these parts; `explain.json` has the numbers, and `explain/` the
+    pictures. A part that the network has not got, as a baseline has no prototypes, says so, and the others are done.
+
+    Args:
+      workdir: of the run.
+      what: names of `PARTS`; by default all that there can be.
+      out: folder for these files; by default the run's own.
+      step, average: see `load_run`.
+      asked: what to look at.
+      log: takes lines of progress.
+
+    Raises:
+      InputError: there is no such run, part, layer or unit.
+      StorageError: `out` cannot be written.
+    """
+    if unknown := [name for name in what if name not in PARTS]:
+        raise InputError(f"--what has {unknown[0]!r}; it takes some of {', '.join(PARTS)}.")
+    home = Workdir(out or workdir, primary=False)
+    run = load_run(workdir, step, average=average)
+    subject = Subject(run, asked or Asked(), log)
+    made = [_part(name, subject) for name in what or PARTS if what or name != "first_layer" or subject.images]
+    for section in made:
+        for picture in section.pictures:
+            home.leave(f"explain/{picture.name}", picture.png)
+    about = dict(workdir=workdir, step=run.step, average=run.average)
+    home.leave(NUMBERS, dumps(finite(about | {section.name: section.record() for section in made})).encode())
+    path = home.leave(REPORT, _page(Workdir(workdir, primary=False), made))
+    return about | dict(report=path, parts={section.name: section.trouble or "done" for section in made})
+
+
+def _part(name: str, subject: Subject) -> Section:
+    began = time.monotonic()
+    title, make = PARTS[name]
+    try:
+        section = Section(name, title, *make(subject))
+    except InputError as e:
+        subject.say(f"{name}: {e}")
+        return Section(name, title, trouble=str(e))
+    subject.say(f"{name}: {time.monotonic() - began:.0f} s")
+    return section
+
+
+def write_report(workdir: str) -> str:
+    """Write `report.html` from the files of a run alone; return its path.
+
+    Raises:
+      InputError: there is no run.
+    """
+    folder = Workdir(workdir, primary=False)
+    return folder.leave(REPORT, _page(folder, []))
+
+
+def _page(folder: Workdir, made: Sequence[Section]) -> bytes:
+    *told, config = records.sections(folder)
+    return render(Path(folder.path).name, records.facts(folder), [*told, *made, config])
