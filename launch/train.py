@@ -30,9 +30,12 @@ def main(args: flags.FlagValues) -> None:
         return
     config = cli.config_of(args)
     workdir = args.workdir or f"runs/{Path(args.config).stem}"
-    from aether.train.loop import train  # JAX comes with it: late, so that a mistake in the config is told at once
+    from aether.report.run import at_the_end  # JAX comes with it: late, so that a mistake is told at once
+    from aether.train.loop import train
 
+    report = at_the_end(config, workdir)
     train(config, workdir, started=STARTED)
+    report()
 
 
 if __name__ == "__main__":

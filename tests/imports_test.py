@@ -33,7 +33,17 @@ RANKS = {
     },
     **{"parallel": 1, "data": 1, "arrays": 1, "processes": 1},
     **{"losses": 4, "generate": 4, "checkpoint": 4, "workdir": 4},
-    **{"evaluate": 5, "explain": 5, "train": 6, "testing": 6, "export": 7, "plan": 7, "report": 7, "launch": 8, "tools": 9},
+    **{
+        "evaluate": 5,
+        "explain": 5,
+        "train": 6,
+        "testing": 6,
+        "export": 7,
+        "plan": 7,
+        "report": 7,
+        "launch": 8,
+        "tools": 9,
+    },
 }
 # Packages with one home each: the modules, by regular expression, that may import them.
 HOMES = {

@@ -55,6 +55,11 @@ class TrainConfig(Section, prefix="train"):
     max_skipped: int = knob(10, "non-finite steps in a row (each skipped) that end the run", low=1, free=True)
     init_from: str = knob("", "DIR or DIR@STEP: start from that run's parameters")
     profile_steps: str = knob("", "a:b writes a profiler trace of steps a+1 to b", free=True)
+    explain: str = knob(
+        "",
+        "parts of launch.explain that report.html has at the end, as in first_layer,prototypes (empty: none)",
+        free=True,
+    )
     wandb: str = knob("", "Weights & Biases project to log to (empty: none)", free=True)
 
     def __post_init__(self) -> None:

@@ -53,7 +53,7 @@ def evaluate_run(
     if pictures and run.labels is None:
         raise InputError(f"--pictures is {pictures!r}, but {run.config.model.kind} reads text; leave it out.")
     name, examples = validation_examples(run, data)
-    config = dataclasses.replace(run.config.data, batch_size=_rows(run))
+    config = dataclasses.replace(run.config.data, batch_size=rows_of(run))
     total = -(-len(examples) // config.batch_size)
     shown = tqdm(
         evaluation_batches(examples, config, batches),
@@ -141,7 +141,7 @@ def own_corpus(run: Run) -> Corpus:
     return corpus
 
 
-def _rows(run: Run) -> int:
+def rows_of(run: Run) -> int:
     """Return a batch size near the run's that the devices here divide."""
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     return -(-run.config.data.batch_size // ways) * ways

@@ -20,8 +20,8 @@ SAMPLES = 8  # inputs whose places are the samples of the bound
 
 
 def capacity(subject: Subject) -> Content:
-    """Tell norms, spectra and bounds of every layer; from parameters alone where there are no data."""
-    found = capacities(subject.model, subject.x[:SAMPLES] if subject.has_data else None, LIMIT)
+    """Tell norms, spectra and bounds of every layer."""
+    found = capacities(subject.model, subject.x[:SAMPLES], LIMIT)
     exact = all(one.exact for one in found.values())
     text = [
         "The squared norm of a unit in the RKHS of its layer's kernel, α² (‖w‖² + |b|)²/ε"
@@ -31,12 +31,11 @@ def capacity(subject: Subject) -> Content:
     rows = [{"layer": name} | one.summary() for name, one in found.items()]
     items: list[Item] = [Table.of(rows, f"Squared norms, and the Gram matrix of at most {LIMIT} centres")]
     bounds = {name: one.bound for name, one in found.items() if one.bound is not None}
-    if bounds:
-        columns = [
-            {"layer": name, "bound": b.value, "radius": b.radius, "samples": b.samples} for name, b in bounds.items()
-        ]
-        items.append(Table.of(columns, "Bound of the empirical Rademacher complexity of all functions of that norm"))
-        text.append("The bound assumes that " + "; ".join(next(iter(bounds.values())).assumptions[2:]) + ".")
+    columns = [
+        {"layer": name, "bound": b.value, "radius": b.radius, "samples": b.samples} for name, b in bounds.items()
+    ]
+    items.append(Table.of(columns, "Bound of the empirical Rademacher complexity of all functions of that norm"))
+    text.append("The bound assumes that " + "; ".join(next(iter(bounds.values())).assumptions[2:]) + ".")
     spectra = {name: one.eigenvalues for name, one in found.items()}
     items.append(Picture("spectra.png", draw_spectra(spectra), "The spectra of the Gram matrices."))
     return tuple(text), (*items, *_over_training(subject))

@@ -1,12 +1,16 @@
 """The section about a network that evaluates only the prototypes nearest to its inputs."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from aether.data.examples import Batch
+from aether.data.loader import evaluation_batches
 from aether.evaluate.metrics import scorer_of
+from aether.evaluate.run import rows_of
 from aether.explain.layers import blocks_of, seen
 from aether.explain.lazy import errors, scores
 from aether.nn import YatMLP
@@ -14,19 +18,13 @@ from aether.report.section import Content, Table
 from aether.report.subject import Subject
 
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)
-INPUTS, ROWS = 8, 512  # inputs that are scored, in batches of as many; rows of a layer's input
+SCORED = 4096  # tokens or images at most
+INPUTS, ROWS = 8, 512  # inputs whose rows each layer's error is measured on, and how many of these
 
 
 def lazy(subject: Subject) -> Content:
     """Tell what a smaller share of the units costs in the scores, and each layer in error, with its bound."""
-    run, (_, examples) = subject.run, subject.examples
-    chosen = np.linspace(0, len(examples) - 1, min(len(examples), subject.asked.inputs)).round().astype(int)
-    rows = [examples[int(i)] for i in chosen]
-    size = min(INPUTS, len(rows))
-    batches = [
-        {key: np.stack([row[key] for row in rows[k : k + size]]) for key in rows[0]}
-        for k in range(0, len(rows) - size + 1, size)
-    ]
+    run, batches = subject.run, _batches(subject)
 
     def score(model: Any) -> dict[str, float]:
         graph, params = nnx.split(model)
@@ -34,7 +32,7 @@ def lazy(subject: Subject) -> Content:
         return {key: value for key, value in found.items() if value is not None and key in ("loss", "accuracy")}
 
     whole = scores(subject.model, SHARES, score)
-    given = seen(subject.model, subject.x[:size])
+    given = seen(subject.model, subject.x[:INPUTS])
     table = []
     for name, block in blocks_of(subject.model).items():
         if isinstance(getattr(block, "mlp", None), YatMLP):
@@ -47,9 +45,21 @@ def lazy(subject: Subject) -> Content:
         "A response falls with the distance, so that near prototypes make most of a layer. Here only the k nearest of "
         "each ⵟ-MLP are evaluated, by exact search; what the others could add at most is known without a look at them.",
     )
-    count = len(batches) * size
+    count = int(sum(batch["mask"].any(tuple(range(1, batch["mask"].ndim))).sum() for batch in batches))
     items = (
         Table.of(whole, f"Scores of {count} inputs as the share of units falls"),
         Table.of(table, "Error of each layer's output, and its guaranteed bound, relative to the output"),
     )
     return text, items
+
+
+def _batches(subject: Subject) -> list[Batch]:
+    """Return as many inputs as were asked for and `SCORED` allows, texts cut to their length."""
+    (_, examples), c, size = subject.examples, subject.run.config.data, rows_of(subject.run)
+    length = min(subject.asked.length, c.context)
+    most = SCORED if subject.images else SCORED // length
+    wanted = min(subject.asked.inputs, most, len(examples))
+    batches = evaluation_batches(examples, replace(c, batch_size=size), math.ceil(wanted / size))
+    if subject.images:
+        return list(batches)
+    return [{key: a[:, : length + a.shape[1] - c.context] for key, a in batch.items()} for batch in batches]

@@ -1,11 +1,14 @@
 """Make the report of a run: from its files alone, or with what its network can be taken apart into."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aether.config import dumps, finite
+import jax
+
+from aether.config import Config, dumps, finite
 from aether.errors import InputError
 from aether.evaluate.load import load_run
 from aether.report import records
@@ -57,8 +60,7 @@ def explain_run(
       InputError: there is no such run, part, layer or unit.
       StorageError: `out` cannot be written.
     """
-    if unknown := [name for name in what if name not in PARTS]:
-        raise InputError(f"--what has {unknown[0]!r}; it takes some of {', '.join(PARTS)}.")
+    _check(what, "--what")
     home = Workdir(out or workdir, primary=False)
     run = load_run(workdir, step, average=average)
     subject = Subject(run, asked or Asked(), log)
@@ -89,9 +91,47 @@ def write_report(workdir: str) -> str:
 
     Raises:
       InputError: there is no run.
+      StorageError: it cannot be written.
     """
     folder = Workdir(workdir, primary=False)
     return folder.leave(REPORT, _page(folder, []))
+
+
+def at_the_end(config: Config, workdir: str) -> Callable[[], None]:
+    """Return what writes the report when a training has ended, with the parts of `train.explain`.
+
+    A report that fails is told, and ends no run: that is saved already. Of several processes the first one writes, and
+    takes no network apart, which no process holds whole.
+
+    Raises:
+      InputError: `train.explain` names a part that there is not.
+    """
+    what = [name.strip() for name in config.train.explain.split(",") if name.strip()]
+    _check(what, "train.explain")
+
+    def write() -> None:
+        if jax.process_index():
+            return
+        try:
+            if what and jax.process_count() == 1:
+                path = explain_run(workdir, what, log=_say)["report"]
+            else:
+                path = write_report(workdir)
+        except Exception as e:
+            _say(f"warning: no report: {type(e).__name__}: {e}")
+        else:
+            _say(f"report: {path}")
+
+    return write
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check(what: Sequence[str], key: str) -> None:
+    if unknown := [name for name in what if name not in PARTS]:
+        raise InputError(f"{key} has {unknown[0]!r}; it takes some of {', '.join(PARTS)}.")
 
 
 def _page(folder: Workdir, made: Sequence[Section]) -> bytes:

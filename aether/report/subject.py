@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from aether.explain.layers import layer_of
 from aether.explain.points import centres_of
 from aether.explain.prototypes import KINDS
 from aether.losses import scaled
+from aether.models import describe_model
 
 ROWS = 32  # inputs of a forward pass
 PAUSE = 5.0  # seconds between lines of progress
@@ -59,7 +60,7 @@ class Text:
 
 @dataclass
 class Subject:
-    """A run to be explained; `say` takes lines of progress.
+    """A run to be explained; `say` takes lines of progress. The network computes in float32, whatever it trained in.
 
     Raises:
       InputError: a layer or unit that was asked for does not exist.
@@ -71,7 +72,9 @@ class Subject:
     model: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.model = nnx.merge(self.run.graph, self.run.params)
+        config = self.run.config
+        graph, *_ = describe_model(replace(config, model=replace(config.model, dtype="float32")))
+        self.model = nnx.merge(graph, self.run.params)
         if self.asked.units and not self.asked.layers:
             raise InputError(f"--unit is {self.asked.units[0]}, but there is no --layer; say whose unit is meant.")
         for name in self.asked.layers:
@@ -86,14 +89,6 @@ class Subject:
     def images(self) -> bool:
         """Whether the network reads images."""
         return self.run.labels is not None
-
-    @cached_property
-    def has_data(self) -> bool:
-        """Whether the data can be read here."""
-        try:
-            return bool(self.examples)
-        except InputError:
-            return False
 
     @cached_property
     def examples(self) -> tuple[str, Examples]:

@@ -403,3 +403,23 @@ def test_nothing_heavy_is_imported_by_the_module():
     code = f"import aether.train.report, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_samples_are_kept_once_a_step_over_restarts(reporter, tmp_path):
+    r = reporter()
+    for step in (2, 4, 6):
+        r.sample(step, f"text <{step}>")
+    r.close()
+    again = reporter(start_step=4)
+    for step in (4, 6):
+        again.sample(step, f"again {step}")
+    again.close()
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["text"]) for line in kept] == [(2, "text <2>"), (4, "text <4>"), (6, "again 6")]
+
+
+def test_a_run_without_samples_has_no_file_of_them(reporter, tmp_path):
+    r = reporter()
+    r.train(1, values(1))
+    r.close()
+    assert (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "samples.jsonl").exists()
