@@ -30,7 +30,7 @@ def replace(monkeypatch):
         fake = types.ModuleType(module)
         setattr(fake, name, function)
         monkeypatch.setitem(sys.modules, module, fake)
-        for parent in ("aether.train", "aether.evaluate", "aether.evaluate.tasks", "aether.generate"):
+        for parent in ("aether.train", "aether.report", "aether.evaluate", "aether.evaluate.tasks", "aether.generate"):
             monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
         return calls
 
@@ -44,16 +44,23 @@ def run(main, *argv: str) -> int:
     return cli.run(main.main, main.FLAGS, main.__doc__, list(argv))
 
 
-def test_train_hands_over_the_checked_config(replace):
-    calls = replace("aether.train.loop", "train")
+@pytest.fixture
+def trained(replace):
+    """The calls of the training and of what writes its report."""
+    return replace("aether.train.loop", "train"), replace("aether.report.run", "at_the_end", result=lambda: None)
+
+
+def test_train_hands_over_the_checked_config(trained):
+    calls, reports = trained
     assert run(train, "--config.train.steps=5", "--config=configs/quickstart.py", "--workdir=runs/mine") == 0
     (((config, workdir), kwargs),) = calls
     assert isinstance(config, Config) and config.train.steps == 5 and config.data.path == "python:stdlib"
     assert workdir == "runs/mine" and kwargs == {"started": STARTED}
+    assert reports == [((config, "runs/mine"), {})]
 
 
-def test_train_names_the_workdir_after_the_config(replace):
-    calls = replace("aether.train.loop", "train")
+def test_train_names_the_workdir_after_the_config(trained):
+    calls, _ = trained
     assert run(train, "--config=configs/quickstart.py") == 0
     assert calls[0][0][1] == "runs/quickstart"
 
