@@ -45,14 +45,18 @@ def train(network: str, data: str, seed: int, steps: int, count: int = STARTS) -
     rng = np.random.default_rng(seed)
     (x, labels), (fresh, answers) = DATA[data](rng, TRAIN), DATA[data](rng, TEST)
     graph, params = starts(lambda rngs: NETWORKS[network](int(labels.max()) + 1, rngs), seed, count)
+    logits = lambda params, x: nnx.merge(graph, params)(jnp.asarray(x))  # noqa: E731
 
     def loss(params: nnx.State) -> jax.Array:
-        logits = nnx.merge(graph, params)(jnp.asarray(x))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), labels).mean()
 
-    params, _ = jax.jit(jax.vmap(lambda p: fit(loss, p, steps, optax.adam(0.05))))(params)
+    def run(params: nnx.State) -> tuple[nnx.State, jax.Array]:
+        params, _ = fit(loss, params, steps, optax.adam(0.05))
+        return params, jnp.mean(jnp.argmax(logits(params, fresh), -1) == answers)
+
+    params, accuracies = jax.jit(jax.vmap(run))(params)
     trained = [nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], params)) for i in range(count)]
-    return trained, np.array([np.mean(np.argmax(m(jnp.asarray(fresh)), -1) == answers) for m in trained])
+    return trained, np.asarray(accuracies)
 
 
 def draw(axis: Any, title: str, network: nnx.Module, x: np.ndarray, labels: np.ndarray) -> None:

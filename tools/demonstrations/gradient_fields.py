@@ -42,6 +42,7 @@ def yat_unit(x: Array, w: Array) -> Array:
     return yat(x[None], w[:, None], epsilon=EPSILON, distance="exact")[0, 0]
 
 
+TITLES = {"linear": "linear: x·w", "RBF": "RBF: exp(−‖x − w‖²)", "ⵟ": "ⵟ: (x·w)²/(‖x − w‖² + ½)"}
 UNITS: dict[str, Callable[[Array, Array], Array]] = {"linear": linear, "RBF": rbf, "ⵟ": yat_unit}
 
 
@@ -113,7 +114,9 @@ def draw_lengths(axis: Any, radii: np.ndarray) -> None:
     axis.grid(color=GRID)
     axis.set_xlabel("distance from the prototype", fontsize=12, color=INK)
     axis.set_ylabel("longest gradient", fontsize=12, color=INK)
-    axis.tick_params(labelsize=11, colors=INK)
+    axis.tick_params(which="both", labelsize=11, colors=INK, length=0)
+    for edge in axis.spines.values():
+        edge.set_color(MUTED)
     axis.legend(fontsize=12, frameon=False, labelcolor=INK, ncols=2)
 
 
@@ -124,7 +127,7 @@ def main(values: flags.FlagValues) -> None:
     grid, near = mesh(LIMITS, 301), around(np.linspace(0, REACH, 3001))
     numbers: dict[str, Any] = {}
     for axis, (name, unit) in zip(axes[0], UNITS.items(), strict=True):
-        draw_field(axis, name, unit)
+        draw_field(axis, TITLES[name], unit)
         far = {f"longest_at_{r}": largest(gradients(unit, around(np.array([float(r)])))) for r in (3, 10, 30)}
         numbers[name] = dict(towards=towards(grid, gradients(unit, grid)), longest=largest(gradients(unit, near))) | far
     numbers["ⵟ"]["bound"] = bound(PROTOTYPE, EPSILON)

@@ -20,7 +20,7 @@ from tools.demonstrations.picture import COLORS, define, finish, panels, plane, 
 from tools.demonstrations.points import clusters
 from tools.demonstrations.training import fit, starts
 
-PLACES, UNITS, POINTS, STARTS = 6, 12, 180, 50
+PLACES, UNITS, POINTS, STARTS = 6, 12, 120, 50
 RADII = (1.7, 3.0)
 KINDS = {"ⵟ": "ⵟ prototypes", "linear": "weights of linear + ReLU"}
 

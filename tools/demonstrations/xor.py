@@ -79,7 +79,7 @@ def draw(axis: Any, title: str, logit: np.ndarray, responses: np.ndarray) -> Non
     axis.contour(x[..., 0], x[..., 1], logit, [0], colors=INK, linewidths=2)
     scatter(axis, POINTS, LABELS, size=170)
     for point, response in zip(POINTS, responses, strict=True):
-        axis.annotate(f"{response:.2g}", point, (10, 8), textcoords="offset points", fontsize=13, color=INK)
+        axis.annotate(f"{response:.1f}", point, (10, 8), textcoords="offset points", fontsize=13, color=INK)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -88,7 +88,7 @@ def main(values: flags.FlagValues) -> None:
     graph, params, right = train(values.seed, values.steps)
     trained = nnx.merge(graph, jax.tree.map(lambda p: p[np.argmax(right)], params))
     linear, w, threshold = best_half_plane()
-    figure, axes = panels("XOR with one unit, and its response to each point", 1, 3, 4.0)
+    figure, axes = panels("XOR with one unit, and its response to each point", 1, 3, 3.95)
     units = {"ⵟ, w = (1, −1), b = 0: 4 of 4": closed_form(), f"ⵟ, trained: {right.max()} of 4": trained}
     answers = [np.asarray(unit(POINTS))[:, 0] for unit in units.values()]
     x = mesh(LIMITS)

@@ -43,11 +43,13 @@ def loss(unit: Callable[[Array], Array], w: Array) -> Array:
 def descend(unit: Callable[[Array], Array], w: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Descend from each of w (n, 2); return the paths (n, steps + 1, 2) and how many points are right at their ends.
 
-    A response above ½ means "one of the two".
+    A response above ½ means "one of the two". Gradients longer than 1 are shortened to that: ⵟ's slopes are steep.
     """
 
     def run(w: Array) -> tuple[Array, Array]:
-        last, path = fit(lambda w: loss(unit, w), w, steps, optax.sgd(RATE))
+        last, path = fit(
+            lambda w: loss(unit, w), w, steps, optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(RATE))
+        )
         return jnp.concatenate([path, last[None]]), jnp.sum((unit(last) > 0.5) == LABELS)
 
     paths, right = jax.jit(jax.vmap(run))(jnp.asarray(w))
@@ -63,9 +65,11 @@ def draw(axis: Any, title: str, values: np.ndarray, paths: np.ndarray, best: np.
     """Draw a loss over the weights, its minima as stars, and paths from rings to dots."""
     plane(axis, title, LIMITS, (-2.0, 0.0, 2.0))
     x = mesh(LIMITS, len(values))
-    levels = np.geomspace(0.05, 20, 19)
+    levels = np.geomspace(0.003, 60, 25)
     axis.contourf(x[..., 0], x[..., 1], np.log(values), np.log(levels), cmap="cividis", extend="both")
-    axis.contour(x[..., 0], x[..., 1], np.log(values), np.log(levels), colors="white", linewidths=0.4)
+    axis.contour(
+        x[..., 0], x[..., 1], np.log(values), np.log(levels), colors="white", linewidths=0.4, linestyles="solid"
+    )
     for path in paths:
         axis.plot(*path.T, color="white", linewidth=3)
         axis.plot(*path.T, color=COLORS[3], linewidth=1.8)
@@ -79,7 +83,7 @@ def draw(axis: Any, title: str, values: np.ndarray, paths: np.ndarray, best: np.
 def main(values: flags.FlagValues) -> None:
     """Draw three landscapes with the same starts; count where the descents end."""
     cli.require(values, "out", "docs/demonstrations/xor_landscape.png")
-    figure, axes = panels("The loss of one unit on XOR over its weights, b = 0", 1, len(UNITS), 4.2)
+    figure, axes = panels("The loss of one unit on XOR over its weights, b = 0", 1, len(UNITS), 3.95)
     begin = np.random.default_rng(values.seed).uniform(*LIMITS, size=(STARTS, 2)).astype(np.float32)
     grid, numbers = mesh(LIMITS, 301), dict[str, Any](starts=STARTS)
     for axis, (name, unit) in zip(axes[0], UNITS.items(), strict=True):
