@@ -21,9 +21,10 @@ from tools.demonstrations.picture import COLORS, define, finish, mesh, panels, p
 from tools.demonstrations.points import Data, clusters, moons, rings
 from tools.demonstrations.training import fit, starts
 
+TITLE = "Decision regions and accuracy, one unit a class or four hidden units"
 LIMITS = (-3.0, 3.0)
 STARTS = 20
-TRAIN, TEST, SHOWN = 300, 3000, 150
+TRAIN, TEST, SHOWN = 200, 2000, 150
 DATA: dict[str, Callable[[np.random.Generator, int], Data]] = {
     "clusters": lambda rng, count: clusters(rng, count, 4, 4),
     "opposite clusters": lambda rng, count: clusters(rng, count, 6, 3),
@@ -62,7 +63,7 @@ def train(network: str, data: str, seed: int, steps: int, count: int = STARTS) -
 def draw(axis: Any, title: str, network: nnx.Module, x: np.ndarray, labels: np.ndarray) -> None:
     """Draw the class of every point of the plane, and the data."""
     plane(axis, title, LIMITS)
-    grid, classes = mesh(LIMITS, 301), int(labels.max()) + 1
+    grid, classes = mesh(LIMITS), int(labels.max()) + 1
     region = np.argmax(network(jnp.asarray(grid)), -1)
     for label in range(classes):
         share = (region == label).astype(float)
@@ -74,7 +75,7 @@ def draw(axis: Any, title: str, network: nnx.Module, x: np.ndarray, labels: np.n
 def main(values: flags.FlagValues) -> None:
     """Train all networks on all data sets; draw each one's median start."""
     cli.require(values, "out", "docs/demonstrations/decision_regions.png")
-    figure, axes = panels("Decision regions and accuracy, one unit a class or four hidden units", 4, 4, 11.2)
+    figure, axes = panels(TITLE, len(NETWORKS), len(DATA), 2.8 * len(NETWORKS))
     numbers: dict[str, Any] = {}
     for column, data in enumerate(DATA):
         x, labels = DATA[data](np.random.default_rng(values.seed), TRAIN)

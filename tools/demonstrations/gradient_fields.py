@@ -129,7 +129,9 @@ def main(values: flags.FlagValues) -> None:
     for axis, (name, unit) in zip(axes[0], UNITS.items(), strict=True):
         draw_field(axis, TITLES[name], unit)
         far = {f"longest_at_{r}": largest(gradients(unit, around(np.array([float(r)])))) for r in (3, 10, 30)}
-        numbers[name] = dict(towards=towards(grid, gradients(unit, grid)), longest=largest(gradients(unit, near))) | far
+        front = grid[grid @ PROTOTYPE > 0]
+        found = {where: towards(x, gradients(unit, x)) for where, x in (("towards", grid), ("in_front", front))}
+        numbers[name] = found | dict(longest=largest(gradients(unit, near))) | far
     numbers["ⵟ"]["bound"] = bound(PROTOTYPE, EPSILON)
     for axis in axes[1]:
         axis.remove()

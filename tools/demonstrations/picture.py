@@ -39,10 +39,8 @@ def finish(values: flags.FlagValues, figure: Any, numbers: Mapping[str, Any]) ->
 
 def with_palette(picture: bytes) -> bytes:
     """Return a PNG of 256 colours, which is a third as large."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        buffer, "png", optimize=True
-    )
+    buffer, image = io.BytesIO(), Image.open(io.BytesIO(picture)).convert("RGB")
+    image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 

@@ -62,10 +62,10 @@ def minima(values: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def draw(axis: Any, title: str, values: np.ndarray, paths: np.ndarray, best: np.ndarray) -> None:
-    """Draw a loss over the weights, its minima as stars, and paths from rings to dots."""
+    """Draw a loss over the weights, its minima in orange, and paths from rings to dots."""
     plane(axis, title, LIMITS, (-2.0, 0.0, 2.0))
     x = mesh(LIMITS, len(values))
-    levels = np.geomspace(0.003, 60, 25)
+    levels = np.geomspace(0.01, 40, 25)
     axis.contourf(x[..., 0], x[..., 1], np.log(values), np.log(levels), cmap="cividis", extend="both")
     axis.contour(
         x[..., 0], x[..., 1], np.log(values), np.log(levels), colors="white", linewidths=0.4, linestyles="solid"
@@ -75,8 +75,8 @@ def draw(axis: Any, title: str, values: np.ndarray, paths: np.ndarray, best: np.
         axis.plot(*path.T, color=COLORS[3], linewidth=1.8)
     axis.scatter(*paths[:, 0].T, s=30, facecolor="white", edgecolor=INK, zorder=3)
     axis.scatter(*paths[:, -1].T, s=30, color=COLORS[3], edgecolor=INK, zorder=4)
-    few = dict(s=170, marker="*", edgecolor=INK) if len(best) <= 2 else dict(s=12)
-    axis.scatter(*best.T, color=COLORS[1], zorder=3, **few)
+    few = dict(s=230, marker="*", edgecolor=INK) if len(best) <= 2 else dict(s=12)
+    axis.scatter(*best.T, color=COLORS[1], zorder=5, **few)
     axis.set_xlabel("w₁", fontsize=12, color=INK)
 
 
