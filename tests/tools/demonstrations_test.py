@@ -1,6 +1,5 @@
 """The mathematics of the demonstrations, and each of their mains cut short."""
 
-import importlib
 import io
 import json
 from fractions import Fraction
@@ -14,10 +13,8 @@ from PIL import Image
 from aether.kernels.yat import yat
 from launch import cli
 from tools import reference
-from tools.demonstrations import conic_lift, decision_regions, gradient_fields, migration, xor, xor_landscape
+from tools.demonstrations import conic_lift, decision_regions, gradient_fields, migration, picture, xor, xor_landscape
 from tools.demonstrations.points import clusters, moons, rings
-
-NAMES = ("conic_lift", "decision_regions", "gradient_fields", "migration", "xor", "xor_landscape")
 
 
 def test_the_closed_form_solves_xor_exactly():
@@ -32,8 +29,13 @@ def test_no_line_gets_all_of_xor_right():
     assert right == 3 == np.sum((xor.POINTS @ w > threshold) == xor.LABELS)
 
 
-def test_trained_units_that_count_as_solved_are(capsys):
-    graph, params, right = xor.train(seed=1, steps=300, count=20)
+@pytest.fixture(scope="module")
+def trained():
+    return xor.train(seed=1, steps=300, count=20)
+
+
+def test_trained_units_that_count_as_solved_are(trained):
+    graph, params, right = trained
     kernel, bias, alpha = (np.asarray(params[k][...], np.float64) for k in ("kernel", "bias", "alpha"))
     y = [
         reference.yat(xor.POINTS, k, bias=b, alpha=a, epsilon=1.0)[:, 0]
@@ -159,21 +161,6 @@ def test_data(draw):
         np.testing.assert_allclose(means, 0, atol=0.1)  # no linear score has anything to hold on to
 
 
-def test_opposite_clusters_are_for_squares_not_for_lines():
-    _, linear = decision_regions.train("linear", "opposite clusters", 0, 150, count=3)
-    _, squares = decision_regions.train("ⵟ", "opposite clusters", 0, 150, count=3)
-    assert linear.max() < 0.6 and squares.min() > 0.85
-
-
-def test_prototypes_move_on_to_the_data_and_linear_weights_past_it():
-    x, labels = clusters(np.random.default_rng(0), 60, 6, 6)
-    for kind, nearer in (("ⵟ", True), ("linear", False)):
-        kernels, _ = migration.train(kind, x, labels, seed=0, steps=700, count=3)
-        assert kernels.shape == (3, 701, 2, migration.UNITS)
-        before, after = migration.nearest(kernels[:, 0], x), migration.nearest(kernels[:, -1], x)
-        assert ((after < before) == nearer).all()
-
-
 def test_distances_to_the_nearest_point(rng):
     w, x = rng.normal(size=(2, 5)), rng.normal(size=(7, 2))
     slow = np.mean([min(np.linalg.norm(w[:, j] - p) for p in x) for j in range(5)])
@@ -194,22 +181,62 @@ def test_the_landscapes_lowest_places():
     assert right.tolist() == [3]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_mains(name, tmp_path, capsys, monkeypatch):
-    module, out = importlib.import_module(f"tools.demonstrations.{name}"), tmp_path / "new" / f"{name}.png"
-    if hasattr(module, "STARTS"):
-        monkeypatch.setattr(module, "STARTS", 8)
-    if name == "decision_regions":
-        monkeypatch.setattr(module, "DATA", {"rings": rings, "two moons": moons})
-        monkeypatch.setattr(module, "NETWORKS", {"4 ⵟ, linear": module.NETWORKS["4 ⵟ, linear"]})
-    if name == "migration":
-        monkeypatch.setattr(module, "RADII", (1.7,))
-    short = ["--steps=20"] if "steps" in module.FLAGS else []
-    assert cli.run(module.main, module.FLAGS, module.__doc__, [f"--out={out}", "--seed=2", *short]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)
-    picture = Image.open(io.BytesIO(out.read_bytes()))
-    assert picture.width == 1600 and len(picture.convert("RGB").getcolors(2**24)) > 50
+@pytest.fixture
+def start(tmp_path, capsys, monkeypatch):
+    """A function that runs a main on a small picture and returns the numbers that it prints."""
+
+    def run(module, *argv, **constants):
+        out = tmp_path / "new" / "picture.png"
+        monkeypatch.setattr(picture, "DPI", 40)
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+        assert cli.run(module.main, module.FLAGS, module.__doc__, [f"--out={out}", *argv]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        image = Image.open(io.BytesIO(out.read_bytes()))
+        assert image.format == "PNG" and image.width == 400 and len(image.convert("RGB").getcolors(2**24)) > 50
+        return json.loads(line)
+
+    return run
+
+
+def test_xor_as_a_whole(start, trained):
+    numbers = start(xor, train=lambda seed, steps, count: trained)
+    assert numbers["closed_form"] == [0, 0, 2, 6] and numbers["linear_best"] == 3
+    assert numbers["solved"] == numbers["right"][4] and sum(numbers["right"]) == numbers["starts"] == 20
+
+
+def test_opposite_clusters_are_for_squares_not_for_lines(start):
+    networks = {name: decision_regions.NETWORKS[name] for name in ("linear", "ⵟ")}
+    data = {"opposite clusters": decision_regions.DATA["opposite clusters"]}
+    found = start(decision_regions, "--steps=150", NETWORKS=networks, DATA=data, STARTS=3)["opposite clusters"]
+    assert found["linear"]["best"] < 0.6 and found["ⵟ"]["worst"] > 0.85
+
+
+def test_prototypes_move_on_to_the_data_and_linear_weights_past_it(start):
+    found = start(migration, "--steps=1000", RADII=(1.7,), STARTS=4)["clusters at 1.7"]
+    assert found["ⵟ"]["nearer"] == 4 and found["ⵟ"]["after"] < found["ⵟ"]["before"]
+    assert found["linear"]["nearer"] == 0 and found["linear"]["after"] > found["linear"]["before"]
+    assert found["ⵟ"]["before"] == found["linear"]["before"]  # both start from the same vectors
+
+
+def test_gradient_fields_as_a_whole(start):
+    numbers = start(gradient_fields, REACH=3.0)
+    assert numbers["ⵟ"]["longest"] < numbers["ⵟ"]["bound"] and numbers["RBF"]["towards"] == 1
+    assert numbers["linear"]["longest"] == pytest.approx(1.25**0.5, rel=1e-3)
+
+
+def test_conic_lift_as_a_whole(start):
+    numbers = start(conic_lift, "--seed=2")
+    kinds = {name: numbers[name]["discriminant"] for name in ("ellipse", "parabola", "hyperbola")}
+    assert kinds["ellipse"] < 0 == kinds["parabola"] < kinds["hyperbola"]
+    assert all(numbers[name]["agree"] == 10_000 for name in kinds)
+
+
+def test_landscapes_as_a_whole(start):
+    found = start(xor_landscape, "--steps=400", "--seed=1", STARTS=10)
+    unit = found["10 (x·w)²/(‖x − w‖² + 1)"]
+    assert unit["first"] == [0.42, -0.6] and unit["last"] == [-0.6, 0.42] and unit["places"] == 2
+    assert unit["right"][4] >= 5 and found["ReLU(x·w)"]["right"][4] == found["sigmoid(x·w)"]["right"][4] == 0
 
 
 def test_without_a_place_for_the_picture(capsys):

@@ -41,7 +41,7 @@ NETWORKS: dict[str, Callable[[int, nnx.Rngs], nnx.Module]] = {
 FLAGS = define(steps=1000)
 
 
-def train(network: str, data: str, seed: int, steps: int, count: int = STARTS) -> tuple[list[nnx.Module], np.ndarray]:
+def train(network: str, data: str, seed: int, steps: int, count: int) -> tuple[list[nnx.Module], np.ndarray]:
     """Train from `count` starts; return the networks and their accuracies on fresh data."""
     rng = np.random.default_rng(seed)
     (x, labels), (fresh, answers) = DATA[data](rng, TRAIN), DATA[data](rng, TEST)
@@ -80,7 +80,7 @@ def main(values: flags.FlagValues) -> None:
     for column, data in enumerate(DATA):
         x, labels = DATA[data](np.random.default_rng(values.seed), TRAIN)
         for row, name in enumerate(NETWORKS):
-            networks, accuracies = train(name, data, values.seed, values.steps)
+            networks, accuracies = train(name, data, values.seed, values.steps, STARTS)
             median = np.argsort(accuracies)[len(accuracies) // 2]
             title = f"{name}: {100 * accuracies[median]:.1f} %"
             draw(

@@ -74,7 +74,7 @@ def largest(field: np.ndarray) -> float:
     return float(np.linalg.norm(field, axis=-1).max())
 
 
-def around(radii: np.ndarray, directions: int = 720) -> np.ndarray:
+def around(radii: np.ndarray, directions: int = 360) -> np.ndarray:
     """Return points at distances from the prototype, in all directions: (radii, directions, 2), float32."""
     angle = 2 * np.pi * np.arange(directions) / directions
     circle = np.stack([np.cos(angle), np.sin(angle)], -1)
@@ -124,7 +124,7 @@ def main(values: flags.FlagValues) -> None:
     """Draw the three fields and the lengths of their vectors."""
     cli.require(values, "out", "docs/demonstrations/gradient_fields.png")
     figure, axes = panels("The gradient of a unit's response", 2, 3, 6.6, height_ratios=(3, 2))
-    grid, near = mesh(LIMITS, 301), around(np.linspace(0, REACH, 3001))
+    grid, near = mesh(LIMITS, 301), around(np.linspace(0, REACH, 1001))
     numbers: dict[str, Any] = {}
     for axis, (name, unit) in zip(axes[0], UNITS.items(), strict=True):
         draw_field(axis, TITLES[name], unit)

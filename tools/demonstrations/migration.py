@@ -27,7 +27,7 @@ KINDS = {"ⵟ": "ⵟ prototypes", "linear": "weights of linear + ReLU"}
 FLAGS = define(steps=2000)
 
 
-def train(kind: str, x: np.ndarray, labels: np.ndarray, seed: int, steps: int, count: int = STARTS) -> tuple[Any, ...]:
+def train(kind: str, x: np.ndarray, labels: np.ndarray, seed: int, steps: int, count: int) -> tuple[Any, ...]:
     """Train networks from `count` starts.
 
     Returns:
@@ -73,7 +73,7 @@ def main(values: flags.FlagValues) -> None:
     for row, radius in zip(axes, RADII, strict=True):
         x, labels = clusters(np.random.default_rng(values.seed), POINTS, PLACES, PLACES, radius)
         for axis, (kind, name) in zip(row, KINDS.items(), strict=True):
-            kernels, right = train(kind, x, labels, values.seed, values.steps)
+            kernels, right = train(kind, x, labels, values.seed, values.steps, STARTS)
             before, after = nearest(kernels[:, 0], x), nearest(kernels[:, -1], x)
             draw(axis, f"{name}, clusters at {radius:g}", kernels[0], x, labels)
             found = dict(before=before.mean(), after=after.mean(), nearer=np.sum(after < before))

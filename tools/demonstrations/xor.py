@@ -42,7 +42,7 @@ def closed_form() -> YatNMN:
     return unit
 
 
-def train(seed: int, steps: int, count: int = STARTS) -> tuple[nnx.GraphDef, nnx.State, np.ndarray]:
+def train(seed: int, steps: int, count: int) -> tuple[nnx.GraphDef, nnx.State, np.ndarray]:
     """Train from `count` random starts; return the graph, the parameters and how many points each gets right."""
     graph, params = starts(make, seed, count)
     response = lambda params: nnx.merge(graph, params)(jnp.asarray(POINTS))[:, 0]  # noqa: E731
@@ -85,7 +85,7 @@ def draw(axis: Any, title: str, logit: np.ndarray, responses: np.ndarray) -> Non
 def main(values: flags.FlagValues) -> None:
     """Draw the closed form, a trained unit and the best linear unit."""
     cli.require(values, "out", "docs/demonstrations/xor.png")
-    graph, params, right = train(values.seed, values.steps)
+    graph, params, right = train(values.seed, values.steps, STARTS)
     trained = nnx.merge(graph, jax.tree.map(lambda p: p[np.argmax(right)], params))
     linear, w, threshold = best_half_plane()
     figure, axes = panels("XOR with one unit, and its response to each point", 1, 3, 3.95)
