@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from launch import cli
 from tools import reference
 from tools.demonstrations import conic_lift, decision_regions, gradient_fields, migration, picture, xor, xor_landscape
 from tools.demonstrations.points import clusters, moons, rings
+
+ROOT = Path(__file__).parents[2]
+MODULES = (conic_lift, decision_regions, gradient_fields, migration, xor, xor_landscape)
 
 
 def test_the_closed_form_solves_xor_exactly():
@@ -35,13 +40,15 @@ def trained():
 
 
 def test_trained_units_that_count_as_solved_are(trained):
-    graph, params, right = trained
+    _, params, responses = trained
     kernel, bias, alpha = (np.asarray(params[k][...], np.float64) for k in ("kernel", "bias", "alpha"))
     y = [
         reference.yat(xor.POINTS, k, bias=b, alpha=a, epsilon=1.0)[:, 0]
         for k, b, a in zip(kernel, bias, alpha, strict=True)
     ]
-    assert right.tolist() == ((np.array(y) > xor.THRESHOLD) == xor.LABELS).sum(1).tolist()
+    np.testing.assert_allclose(responses, y, rtol=1e-3, atol=1e-5)
+    right = xor.points_right(responses)
+    assert right.tolist() == [sum((r > 1) == want for r, want in zip(row, (0, 0, 1, 1), strict=True)) for row in y]
     assert 10 <= np.sum(right == 4) < 20  # most starts, not every one
 
 
@@ -148,17 +155,19 @@ def test_x_and_w_have_the_same_field_in_a_unit_without_bias(rng):
         np.testing.assert_allclose(jax.grad(unit, 1)(x, w), jax.grad(unit, 0)(w, x), rtol=1e-5)
 
 
-@pytest.mark.parametrize("draw", [lambda g, n: clusters(g, n, 6, 3), moons, rings])
-def test_data(draw):
-    x, labels = draw(np.random.default_rng(3), 4000)
-    again, _ = draw(np.random.default_rng(3), 4000)
-    assert x.shape == (4000, 2) and x.dtype == np.float32 and (x == again).all()
-    means = np.stack([x[labels == k].mean(0) for k in np.unique(labels)])
-    assert np.ptp(np.bincount(labels)) <= 1
-    if draw is moons:
-        np.testing.assert_allclose(means[0], -means[1], atol=0.05)
-    else:
-        np.testing.assert_allclose(means, 0, atol=0.1)  # no linear score has anything to hold on to
+def test_data():
+    for draw, radii in ((lambda g, n: clusters(g, n, 6, 3, 2.5), (2.5,) * 3), (rings, (0.6, 2.0)), (moons, None)):
+        x, labels = draw(np.random.default_rng(3), 6000)
+        assert x.shape == (6000, 2) and x.dtype == np.float32 and np.ptp(np.bincount(labels)) == 0
+        assert (x == draw(np.random.default_rng(3), 6000)[0]).all()
+        means = np.stack([x[labels == k].mean(0) for k in np.unique(labels)])
+        if radii is None:
+            np.testing.assert_allclose(means[0], -means[1], atol=0.05)
+            assert means[0, 1] > 0.3 and means[0, 0] < -0.5
+        else:
+            np.testing.assert_allclose(means, 0, atol=0.1)  # no linear score has anything to hold on to
+            found = [np.median(np.linalg.norm(x[labels == k], axis=1)) for k in np.unique(labels)]
+            np.testing.assert_allclose(found, radii, atol=0.06)
 
 
 def test_distances_to_the_nearest_point(rng):
@@ -237,6 +246,17 @@ def test_landscapes_as_a_whole(start):
     unit = found["10 (x·w)²/(‖x − w‖² + 1)"]
     assert unit["first"] == [0.42, -0.6] and unit["last"] == [-0.6, 0.42] and unit["places"] == 2
     assert unit["right"][4] >= 5 and found["ReLU(x·w)"]["right"][4] == found["sigmoid(x·w)"]["right"][4] == 0
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_the_page_shows_every_picture_and_its_command(module):
+    name, page = module.__name__.split(".")[-1], (ROOT / "docs" / "demonstrations.md").read_text(encoding="utf-8")
+    command = f"python -m tools.demonstrations.{name} --out=docs/demonstrations/{name}.png"
+    assert command in page and command in module.__doc__
+    assert re.search(rf"!\[.+\]\(demonstrations/{name}\.png\)", page)
+    file = ROOT / "docs" / "demonstrations" / f"{name}.png"
+    with Image.open(file) as image:
+        assert file.stat().st_size < 250_000 and image.width == 1600
 
 
 def test_without_a_place_for_the_picture(capsys):

@@ -43,7 +43,7 @@ def closed_form() -> YatNMN:
 
 
 def train(seed: int, steps: int, count: int) -> tuple[nnx.GraphDef, nnx.State, np.ndarray]:
-    """Train from `count` random starts; return the graph, the parameters and how many points each gets right."""
+    """Train from `count` random starts; return the graph, the parameters and the responses (count, 4)."""
     graph, params = starts(make, seed, count)
     response = lambda params: nnx.merge(graph, params)(jnp.asarray(POINTS))[:, 0]  # noqa: E731
 
@@ -51,8 +51,12 @@ def train(seed: int, steps: int, count: int) -> tuple[nnx.GraphDef, nnx.State, n
         return optax.sigmoid_binary_cross_entropy(response(params) - THRESHOLD, LABELS).mean()
 
     params, _ = jax.jit(jax.vmap(lambda p: fit(loss, p, steps, optax.adam(0.05))))(params)
-    right = (np.asarray(jax.vmap(response)(params)) > THRESHOLD) == LABELS
-    return graph, params, right.sum(1)
+    return graph, params, np.asarray(jax.vmap(response)(params))
+
+
+def points_right(responses: np.ndarray) -> np.ndarray:
+    """Return how many of the points are on the right side of the threshold: (..., 4) -> (...)."""
+    return np.sum((responses > THRESHOLD) == LABELS, -1)
 
 
 def best_half_plane(directions: int = 720) -> tuple[int, np.ndarray, float]:
@@ -85,7 +89,8 @@ def draw(axis: Any, title: str, logit: np.ndarray, responses: np.ndarray) -> Non
 def main(values: flags.FlagValues) -> None:
     """Draw the closed form, a trained unit and the best linear unit."""
     cli.require(values, "out", "docs/demonstrations/xor.png")
-    graph, params, right = train(values.seed, values.steps, STARTS)
+    graph, params, responses = train(values.seed, values.steps, STARTS)
+    right = points_right(responses)
     trained = nnx.merge(graph, jax.tree.map(lambda p: p[np.argmax(right)], params))
     linear, w, threshold = best_half_plane()
     figure, axes = panels("XOR with one unit, and its response to each point", 1, 3, 3.95)
@@ -96,6 +101,8 @@ def main(values: flags.FlagValues) -> None:
         draw(axis, title, np.asarray(unit(x))[..., 0] - THRESHOLD, answer)
     draw(axes[0, 2], f"linear, the best: {linear} of 4", 6 * (x @ w - threshold), POINTS @ w)
     numbers = dict(closed_form=answers[0], linear_best=linear, starts=len(right), solved=np.sum(right == 4))
+    if (stuck := responses[right < 4]).size:
+        numbers |= dict(responses_of_the_others=[stuck.min(), stuck.max()])
     numbers |= dict(right=np.bincount(right, minlength=5), responses=answers[1], w=trained.kernel[...][:, 0])
     numbers |= dict(b=trained.bias[...][0], alpha=trained.alpha[...][0])
     finish(values, figure, rounded(numbers))
