@@ -49,7 +49,7 @@ RANKS = {
 HOMES = {
     "orbax": r"aether\.checkpoint\.tensors",
     "grain": r"aether\.data(\..*)?",
-    "optax": r"aether\.train(\..*)?",
+    "optax": r"(aether\.train|tools\.demonstrations)(\..*)?",
     "absl.flags": r"(launch|tools)(\..*)?",
     "absl.app": r"(launch|tools)(\..*)?",
 }
@@ -240,6 +240,7 @@ BAD = [
     (home_rule, {"aether/train/a.py": "import orbax.checkpoint as ocp"}),
     (home_rule, {"aether/train/a.py": "def f():\n    import grain"}),
     (home_rule, {"aether/losses.py": "import optax"}),
+    (home_rule, {"tools/bench.py": "import optax"}),
     (home_rule, {"aether/train/a.py": "from absl import flags"}),
     (nnx_rule, {"aether/nn/a.py": "import flax.linen as nn"}),
     (nnx_rule, {"aether/nn/a.py": "from flax import struct"}),
@@ -261,6 +262,7 @@ GOOD = [
     (rank_rule, {"aether/config/model.py": "from aether.errors import InputError"}),
     (rank_rule, {"tools/a.py": "from launch import cli", "launch/cli.py": "from aether.train.loop import train"}),
     (home_rule, {"aether/checkpoint/tensors.py": "import orbax", "aether/data/a.py": "from absl import logging"}),
+    (home_rule, {"tools/demonstrations/xor.py": "import optax"}),
     (nnx_rule, {"aether/nn/a.py": "from flax import nnx"}),
     (nnx_rule, {"aether/export/reference/linen_model.py": "import flax.linen as nn"}),
     (start_rule, {"launch/a.py": "def f():\n    import jax"}),
