@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -17,6 +18,7 @@ from launch import cli
 from tools import reference
 from tools.demonstrations import conic_lift, decision_regions, gradient_fields, migration, picture, xor, xor_landscape
 from tools.demonstrations.points import clusters, moons, rings
+from tools.demonstrations.training import fit
 
 ROOT = Path(__file__).parents[2]
 MODULES = (conic_lift, decision_regions, gradient_fields, migration, xor, xor_landscape)
@@ -170,6 +172,11 @@ def test_data():
             np.testing.assert_allclose(found, radii, atol=0.06)
 
 
+def test_descent():
+    last, path = fit(lambda x: jnp.sum(x**2) / 2, jnp.array([1.0, -4.0]), 3, optax.sgd(0.5))
+    assert path.tolist() == [[1, -4], [0.5, -2], [0.25, -1]] and last.tolist() == [0.125, -0.5]
+
+
 def test_distances_to_the_nearest_point(rng):
     w, x = rng.normal(size=(2, 5)), rng.normal(size=(7, 2))
     slow = np.mean([min(np.linalg.norm(w[:, j] - p) for p in x) for j in range(5)])
@@ -225,6 +232,7 @@ def test_prototypes_move_on_to_the_data_and_linear_weights_past_it(start):
     found = start(migration, "--steps=1000", RADII=(1.7,), STARTS=4)["clusters at 1.7"]
     assert found["ⵟ"]["nearer"] == 4 and found["ⵟ"]["after"] < found["ⵟ"]["before"]
     assert found["linear"]["nearer"] == 0 and found["linear"]["after"] > found["linear"]["before"]
+    assert min(found["ⵟ"]["accuracy"], found["linear"]["accuracy"]) > 0.95
     assert found["ⵟ"]["before"] == found["linear"]["before"]  # both start from the same vectors
 
 
