@@ -16,12 +16,21 @@ from PIL import Image
 from aether.kernels.yat import yat
 from launch import cli
 from tools import reference
-from tools.demonstrations import conic_lift, decision_regions, gradient_fields, migration, picture, xor, xor_landscape
+from tools.demonstrations import (
+    conic_lift,
+    decision_regions,
+    digits,
+    gradient_fields,
+    migration,
+    picture,
+    xor,
+    xor_landscape,
+)
 from tools.demonstrations.points import clusters, moons, rings
 from tools.demonstrations.training import fit
 
 ROOT = Path(__file__).parents[2]
-MODULES = (conic_lift, decision_regions, gradient_fields, migration, xor, xor_landscape)
+MODULES = (conic_lift, decision_regions, digits, gradient_fields, migration, xor, xor_landscape)
 
 
 def test_the_closed_form_solves_xor_exactly():
@@ -234,6 +243,22 @@ def test_prototypes_move_on_to_the_data_and_linear_weights_past_it(start):
     assert found["linear"]["nearer"] == 0 and found["linear"]["after"] > found["linear"]["before"]
     assert min(found["ⵟ"]["accuracy"], found["linear"]["accuracy"]) > 0.95
     assert found["ⵟ"]["before"] == found["linear"]["before"]  # both start from the same vectors
+
+
+def test_likeness_of_units_to_images_by_hand():
+    x = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
+    kernels = np.array([[[-1.0, 0.0], [0.0, 1.0]]])  # the negative of class 0's only image, and a multiple of class 1's
+    mean, own, other = digits.likeness(kernels, x, np.array([0, 1, 1]))
+    want = (1 + 3 / np.hypot(1.5, 3)) / 2  # class 1's mean image is (1.5, 3)
+    np.testing.assert_allclose((mean, own, other), (want, 1.0, (0.6 + 0.0) / 2))
+    row = digits.side_by_side(np.array([[2.0, 1.0]] * 4), 2)
+    assert row.shape == (2, 4) and np.nanmax(np.abs(row)) == 1
+
+
+def test_prototypes_that_start_as_digits_stay_digits(start):
+    found = start(digits, "--steps=60")
+    assert found["images"] == 1438 and found["yat_data"]["accuracy"] > 0.9
+    assert found["yat_data"]["cosine_with_mean"] > 0.8 > 0.4 > found["linear"]["cosine_with_mean"]
 
 
 def test_gradient_fields_as_a_whole(start):

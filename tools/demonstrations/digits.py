@@ -105,13 +105,23 @@ def likeness(kernels: np.ndarray, x: np.ndarray, labels: np.ndarray) -> tuple[fl
     return first, second, third
 
 
+def side_by_side(vectors: np.ndarray, side: int) -> np.ndarray:
+    """Return the columns of vectors (side², k) as pictures in a row, each in -1..1, with gaps of NaN."""
+    pictures = (vectors / np.abs(vectors).max(0)).T.reshape(-1, side, side)
+    gap = round(side / 4)
+    row = np.full((side, len(pictures) * (side + gap) - gap), np.nan)
+    for k, picture in enumerate(pictures):
+        row[:, k * (side + gap) : k * (side + gap) + side] = picture
+    return row
+
+
 def main(values: flags.FlagValues) -> None:
     """Train both layers, draw the units of one start each, and measure how like images they are over all starts."""
     cli.require(values, "out", "docs/demonstrations/digits.png")
     x, labels, *test = data = load(values.data)
     classes = int(labels.max()) + 1
     side = round(x.shape[1] ** 0.5)
-    figure, axes = panels("One unit a class", len(ROWS), classes, 5.0)
+    figure, axes = panels("One unit a class", len(ROWS), 1, 5.6)
     vectors = {"mean": np.stack([x[labels == k].mean(0) for k in range(classes)], -1)}
     numbers: dict[str, Any] = dict(images=len(x), test_images=len(test[0]), starts=STARTS)
     for kind in list(ROWS)[1:]:
@@ -119,12 +129,10 @@ def main(values: flags.FlagValues) -> None:
         vectors[kind] = kernels[0]
         mean, own, other = likeness(kernels, x, labels)
         numbers[kind] = dict(accuracy=right.mean(), cosine_with_mean=mean, with_nearest=own, with_nearest_other=other)
-    for row, (kind, name) in zip(axes, ROWS.items(), strict=True):
-        row[0].set_title(name, fontsize=13, color=INK, loc="left", pad=6)
-        for axis, vector in zip(row, vectors[kind].T, strict=True):
-            most = np.abs(vector).max()
-            axis.imshow(vector.reshape(side, side), cmap="gray", vmin=-most, vmax=most)
-            axis.axis("off")
+    for axis, (kind, name) in zip(axes[:, 0], ROWS.items(), strict=True):
+        axis.set_title(name, fontsize=13, color=INK, loc="left", pad=6)
+        axis.imshow(side_by_side(vectors[kind], side), cmap="gray", vmin=-1, vmax=1)
+        axis.axis("off")
     finish(values, figure, rounded(numbers))
 
 
