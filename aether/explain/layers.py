@@ -12,7 +12,7 @@ from jax import Array
 
 from aether.errors import InputError
 from aether.models import resnet
-from aether.models.block import Block
+from aether.models.block import MLP, Block
 from aether.models.resnet import ResNet
 from aether.nn import YatAttention, YatConv2D, YatLinearAttention, YatMLP, YatNMN
 
@@ -92,10 +92,13 @@ def observing(
 ) -> Callable[[np.ndarray], tuple[dict[str, Any], Any]]:
     """Return a function of a network's input, one program with the forward pass, compiled once for each shape.
 
-    It returns what look(part, its input, its output) makes of each ⵟ layer and each residual block, by name, and
-    end(model, x, y) of the network's input and output: pytrees of arrays.
+    It returns what look(part, its input, its output) makes of each ⵟ layer, of each `MLP` of a baseline, whose output
+    are then its hidden units after GELU, and of each residual block, by name; and end(model, x, y) of the network's
+    input and output. All of that are pytrees of arrays.
     """
-    names = [*layers_of(model), *blocks_of(model)]
+    blocks = blocks_of(model)
+    usual = [f"{name}.mlp.hidden" for name, part in blocks.items() if isinstance(getattr(part, "mlp", None), MLP)]
+    names = [*layers_of(model), *usual, *blocks]
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -103,7 +106,7 @@ def observing(
         network = nnx.merge(graph, state)
         with jax.disable_jit(), _recorded() as found:  # so that the loop over blocks is one of Python's
             y = network(x)
-        found.sort(key=lambda call: isinstance(call[0], BLOCKS))
+        found.sort(key=lambda call: 2 if isinstance(call[0], BLOCKS) else isinstance(call[0], MLP))
         return [look(*call) for call in found], end(network, x, y)
 
     def observe(x: np.ndarray) -> tuple[dict[str, Any], Any]:
@@ -116,15 +119,17 @@ def observing(
 
 @contextmanager
 def _recorded() -> Iterator[list[tuple]]:
-    """Note ⵟ layers and blocks, what they are called with and return, in the order of the calls."""
+    """Note ⵟ layers, MLPs and blocks, what they are called with and return, in the order of the calls."""
     found: list[tuple] = []
-    calls: dict[type, Callable] = {kind: kind.__call__ for kind in _RECORDED + BLOCKS}
+    calls: dict[type, Callable] = {kind: kind.__call__ for kind in (*_RECORDED, MLP, *BLOCKS)}
 
     def noting(call: Callable) -> Callable:
         def noted(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
             y = call(self, x, *args, **kwargs)
             if isinstance(self, YatMLP):  # which is a layer with the linear map behind it
                 found.append((self.hidden, x, calls[YatNMN](self.hidden, x)))
+            elif isinstance(self, MLP):
+                found.append((self, x, jax.nn.gelu(self.hidden(x))))
             else:
                 found.append((self, x, y[0] if isinstance(y, tuple) else y))
             return y

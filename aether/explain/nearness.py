@@ -1,7 +1,6 @@
 """How near an input of a network is to centres and how sure the network is of it: what `outside` makes scores of."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +12,13 @@ from aether.errors import InputError
 from aether.explain.layers import BLOCKS, layers_of, observing
 from aether.explain.prototypes import KINDS
 from aether.kernels.conv import convolve, patch_squares
+from aether.models import resnet
+from aether.models.block import MLP
 from aether.models.text import TextModel
 from aether.nn import YatConv2D, YatNMN
 
-NEAR = ("distance", "relative", "response", "total")
+NEAR = ("distance", "relative", "response", "total")  # a number for each layer
+VECTORS = ("profile", "units", "stream")  # a vector for each layer or block
 _PLACES = 2**14  # pixels or ids that are looked at together; of ids an eighth, for the sake of their logits
 
 
@@ -63,13 +65,13 @@ def distances(
         return found if places else jnp.mean(found, -1)
 
     run = observing(model, look)
-    return lambda x: {name: a for name, a in _batched(lambda part: run(part)[0], x).items() if a is not None}
+    return lambda x: {name: a for name, a in _batched(run, x)[0].items() if a is not None}
 
 
 def sure(model: Any) -> Callable[[np.ndarray], Sure]:
     """Return a function of inputs (n, ...): how sure any network of `aether.models` is of each."""
     run = observing(model, lambda *_: None, _answer)
-    return partial(_batched, lambda part: run(part)[1])
+    return lambda x: _batched(run, x)[1]
 
 
 def near(layer: YatNMN | YatConv2D, x: Array, y: Array) -> dict[str, Array]:
@@ -111,12 +113,14 @@ class Measured(NamedTuple):
     Attributes:
       near: layer -> score of NEAR -> (n,), means over places.
       profile: layer -> (n, units), the means of log(‖x − w‖² + ε).
+      units: layer -> (n, units), the means of its outputs; of a baseline those of hidden units after ReLU or GELU.
       stream: residual block -> (n, d), the mean of what it puts out.
       sure: of the answer.
     """
 
     near: dict[str, dict[str, np.ndarray]]
     profile: dict[str, np.ndarray]
+    units: dict[str, np.ndarray]
     stream: dict[str, np.ndarray]
     sure: Sure
 
@@ -127,24 +131,27 @@ def measuring(model: Any) -> Callable[[np.ndarray], Measured]:
 
     def measure(x: np.ndarray) -> Measured:
         parts, answer = _batched(run, x)
-        layers = {name: found for name, found in parts.items() if "profile" in found}
-        return Measured(
-            {name: {key: found[key] for key in NEAR} for name, found in layers.items()},
-            {name: found["profile"] for name, found in layers.items()},
-            {name: found["stream"] for name, found in parts.items() if "stream" in found},
-            answer,
-        )
+        near = {name: {key: found[key] for key in NEAR} for name, found in parts.items() if "profile" in found}
+        vectors = {key: {name: found[key] for name, found in parts.items() if key in found} for key in VECTORS}
+        return Measured(near=near, sure=answer, **vectors)
 
     return measure
 
 
 def _look(part: Any, x: Array, y: Array) -> dict[str, Array]:
-    """Return of a layer the means of `near` over places, (b,) and (b, units); of a block its mean output, (b, d)."""
+    """Return means over places: of a layer those of `near` and its units' outputs, of a block what it puts out."""
     if isinstance(part, KINDS):
-        return {name: jnp.mean(a, 1) for name, a in near(part, x, y).items()}
-    if isinstance(part, BLOCKS):
-        return dict(stream=jnp.mean(y.reshape(len(y), -1, y.shape[-1]).astype(jnp.float32), 1))
-    return {}
+        return {name: jnp.mean(a, 1) for name, a in near(part, x, y).items()} | dict(units=_pooled(y))
+    if isinstance(part, MLP):
+        return dict(units=_pooled(y))
+    if isinstance(part, resnet.Block):
+        hidden = part.hidden(x if part.reduce is None else part.reduce(x, False), False)  # again, which XLA merges
+        return dict(units=_pooled(hidden), stream=_pooled(y))
+    return dict(stream=_pooled(y)) if isinstance(part, BLOCKS) else {}
+
+
+def _pooled(y: Array) -> Array:
+    return jnp.mean(y.reshape(len(y), -1, y.shape[-1]).astype(jnp.float32), 1)
 
 
 def _answer(model: Any, x: Array, y: Any) -> Sure:
@@ -162,16 +169,22 @@ def _answer(model: Any, x: Array, y: Any) -> Sure:
     return Sure(*found)
 
 
-def _batched(run: Callable[[np.ndarray], Any], x: np.ndarray) -> Any:
-    """Return run(x), computed in batches of one size, the last one filled up with its first row."""
+def _batched(observe: Callable[[np.ndarray], tuple[dict[str, Any], Any]], x: np.ndarray) -> tuple[dict[str, Any], Any]:
+    """Return observe(x), computed in batches of one size, the last one filled up with its first row."""
     x = np.asarray(x)
     if not len(x):
         raise InputError("There is no input to look at; give at least one.")
     most = _PLACES // 8 if x.ndim == 2 else _PLACES
-    rows, parts = min(len(x), max(1, most // int(np.prod(x.shape[1:3])))), []
+    rows, found = min(len(x), max(1, most // int(np.prod(x.shape[1:3])))), []
     for begin in range(0, len(x), rows):
         part = x[begin : begin + rows]
-        count = len(part)
-        part = np.concatenate([part, np.repeat(part[:1], rows - count, 0)])
-        parts.append(jax.tree.map(lambda a, count=count: a[:count], run(part)))
-    return jax.tree.map(lambda *each: np.concatenate(each), *parts)
+        found.append(observe(np.concatenate([part, np.repeat(part[:1], rows - len(part), 0)])))
+    parts, ends = zip(*found, strict=True)
+    return _joined(len(x), *parts), _joined(len(x), *ends)
+
+
+def _joined(count: int, *each: Any) -> Any:
+    """Return the first rows of trees of arrays end to end; dicts stay in their order, which `jax.tree.map` loses."""
+    if isinstance(each[0], dict):
+        return {key: _joined(count, *(one[key] for one in each)) for key in each[0]}
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *each)

@@ -4,16 +4,16 @@ Three kinds of scores, all larger for what is further outside:
 
 - of the answer, of any network: `confidence`, minus the largest probability (Hendrycks and Gimpel, 2017), `energy`,
   −log Σ exp(logits) (Liu et al., 2020), and of causal texts `nll`; of texts they are means over positions;
-- of the residual stream, of any network: `stream`, how unlike the usual ones the outputs of a block are, means over
-  places (Mahalanobis distance; Lee et al., 2018, without classes);
+- of what is inside any network: `units` and `stream`, how unlike the usual ones the outputs of hidden units, and of
+  residual blocks, are, means over places (Mahalanobis distance; Lee et al., 2018, without classes);
 - of ⵟ layers with prototypes: `distance` ‖x − w‖² to the nearest centre, `relative` ‖x − w‖²/(‖x‖² + ‖w‖²) to the
   nearest in that sense, `response` and `total`, minus the largest and the sum of |y| over the units, all of them means
   over places; and `profile`, how unlike the usual ones the distances to all centres are: the Mahalanobis distance of
   the vector of log(‖x − w_j‖² + ε), a mean over places.
 
 Of each but the first kind there is one score a layer, `profile:stages.0.1.hidden`, and one of all layers, `profile`:
-the mean of the layers' scores for `profile` and `stream`, of their z-scores for the others. What is usual is learned
-from inputs that are neither tested nor choose a threshold.
+the mean of the layers' scores for `profile`, `units` and `stream`, of their z-scores for the others. What is usual is
+learned from inputs that are neither tested nor choose a threshold.
 
 The nearest centre alone says little: a distance grows with ‖x‖, so that what is darker or smoother than the data is
 nearer than they are. `profile` does not have that failing; it was chosen on one run (LOG.md).
@@ -27,10 +27,9 @@ import numpy as np
 
 from aether.errors import InputError
 from aether.explain.detection import Usual, auroc, calibration_error, threshold
-from aether.explain.nearness import NEAR, Measured, measuring
+from aether.explain.nearness import NEAR, VECTORS, Measured, measuring
 
 Scores = dict[str, np.ndarray]
-PROFILE, STREAM = "profile", "stream"
 
 
 class Detector:
@@ -48,9 +47,9 @@ class Detector:
     def __init__(self, model: Any, usual: np.ndarray):
         self.measure = measuring(model)
         m = self.measure(usual)
-        self._profile, self._stream = ({k: Usual.of(a) for k, a in part.items()} for part in (m.profile, m.stream))
+        self._usual = {name: {k: Usual.of(a) for k, a in getattr(m, name).items()} for name in VECTORS}
         self._moments = {k: {s: (a.mean(), a.std()) for s, a in part.items()} for k, part in m.near.items()}
-        self.best = PROFILE if self._profile else STREAM
+        self.best = "profile" if m.profile else "stream"
 
     def __call__(self, x: np.ndarray) -> Scores:
         """Return the scores of inputs (n, ...)."""
@@ -60,7 +59,8 @@ class Detector:
         """Return the scores of what has been measured."""
         answer = dict(confidence=-m.sure.confidence, energy=m.sure.energy, nll=m.sure.nll)
         found = {name: a.astype(np.float64) for name, a in answer.items() if a is not None}
-        for name, learned, rows in ((PROFILE, self._profile, m.profile), (STREAM, self._stream, m.stream)):
+        for name, learned in self._usual.items():
+            rows = getattr(m, name)
             found |= _with_mean(name, {layer: usual.unlike(rows[layer]) for layer, usual in learned.items()})
         for name in NEAR if self._moments else ():
             found |= _with_mean(name, {layer: self._standard(layer, name, part) for layer, part in m.near.items()})
