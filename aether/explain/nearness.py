@@ -170,12 +170,15 @@ def _answer(model: Any, x: Array, y: Any) -> Sure:
 
 
 def _batched(observe: Callable[[np.ndarray], tuple[dict[str, Any], Any]], x: np.ndarray) -> tuple[dict[str, Any], Any]:
-    """Return observe(x), computed in batches of one size, the last one filled up with its first row."""
+    """Return observe(x), computed in batches of a size that depends on x[0] alone: to compile takes longest.
+
+    The last batch is filled up with its first row.
+    """
     x = np.asarray(x)
     if not len(x):
         raise InputError("There is no input to look at; give at least one.")
     most = _PLACES // 8 if x.ndim == 2 else _PLACES
-    rows, found = min(len(x), max(1, most // int(np.prod(x.shape[1:3])))), []
+    rows, found = max(1, most // int(np.prod(x.shape[1:3]))), []
     for begin in range(0, len(x), rows):
         part = x[begin : begin + rows]
         found.append(observe(np.concatenate([part, np.repeat(part[:1], rows - len(part), 0)])))

@@ -16,7 +16,8 @@ the mean of the layers' scores for `profile`, `units` and `stream`, of their z-s
 learned from inputs that are neither tested nor choose a threshold.
 
 The nearest centre alone says little: a distance grows with ‖x‖, so that what is darker or smoother than the data is
-nearer than they are. `profile` does not have that failing; it was chosen on one run (LOG.md).
+nearer than they are. `profile` does not have that failing; it was chosen on one run of images. Windows of a text differ
+so much that it tells less of them than `nll`, the network's own density (LOG.md).
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +42,7 @@ class Detector:
         n/4 units of a layer at most.
 
     Attributes:
-      best: the score to take: `profile`, or `stream` where there are no ⵟ prototypes.
+      best: the score to take: of causal texts `nll`, of others `profile`, or `stream` without ⵟ prototypes.
     """
 
     def __init__(self, model: Any, usual: np.ndarray):
@@ -49,7 +50,7 @@ class Detector:
         m = self.measure(usual)
         self._usual = {name: {k: Usual.of(a) for k, a in getattr(m, name).items()} for name in VECTORS}
         self._moments = {k: {s: (a.mean(), a.std()) for s, a in part.items()} for k, part in m.near.items()}
-        self.best = "profile" if m.profile else "stream"
+        self.best = "nll" if m.sure.nll is not None else "profile" if m.profile else "stream"
 
     def __call__(self, x: np.ndarray) -> Scores:
         """Return the scores of inputs (n, ...)."""
@@ -104,7 +105,7 @@ class Told:
     """How well a network's scores tell inputs of its own kind from others.
 
     Attributes:
-      best: the score to look at first, `profile` or `stream`.
+      best: the score to look at first, see `Detector`.
       scores: of the inputs inside that were tested, by score.
       outside: set -> score -> (m,).
       auroc: set -> score -> P(outside above inside) + ½ P(equal).

@@ -58,7 +58,7 @@ def test_scores_are_made_of_what_was_measured(network):
     np.testing.assert_allclose(found["confidence"], -measured.sure.confidence, rtol=1e-5)
     np.testing.assert_allclose(found["energy"], measured.sure.energy, rtol=1e-5)
     assert ("nll" in found) == (x.ndim == 2) and ("profile" in found) == bool(measured.near)
-    assert detector.best == ("profile" if measured.near else "stream")
+    assert detector.best == ("nll" if x.ndim == 2 else "profile")
     for name in ("profile", "units", "stream"):
         layers = getattr(measured, name)
         each = [unlike(rows, getattr(usual, name)[layer]) for layer, rows in layers.items()]
@@ -105,6 +105,7 @@ def test_what_is_told(network, given):
         assert told.refused["other"][name] == np.mean(told.outside["other"][name] > most)
         if network != "resnet":
             assert told.accuracy_kept[name] == pytest.approx(right[a <= most].mean())
+    assert told.best == dict(aether_resnet="profile", resnet="stream", aether="nll")[network]
     if network != "aether":
         assert told.auroc["other"][told.best] > 0.8 > told.auroc["same"][told.best]
 
