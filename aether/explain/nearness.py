@@ -19,7 +19,7 @@ from aether.nn import YatConv2D, YatNMN
 
 NEAR = ("distance", "relative", "response", "total")  # a number for each layer
 VECTORS = ("profile", "units", "stream")  # a vector for each layer or block
-_PLACES = 2**14  # pixels or ids that are looked at together; of ids an eighth, for the sake of their logits
+_PLACES = 2**14  # pixels that are looked at together; of ids a sixteenth, for the sake of their logits
 
 
 class Sure(NamedTuple):
@@ -177,7 +177,7 @@ def _batched(observe: Callable[[np.ndarray], tuple[dict[str, Any], Any]], x: np.
     x = np.asarray(x)
     if not len(x):
         raise InputError("There is no input to look at; give at least one.")
-    most = _PLACES // 8 if x.ndim == 2 else _PLACES
+    most = _PLACES // 16 if x.ndim == 2 else _PLACES
     rows, found = max(1, most // int(np.prod(x.shape[1:3]))), []
     for begin in range(0, len(x), rows):
         part = x[begin : begin + rows]

@@ -148,13 +148,18 @@ def tell(
       kept: the share of the inside inputs to be answered.
 
     Raises:
-      InputError: there are too few inputs, or other labels than inputs.
+      InputError: there are too few inputs, other labels than inputs, or inputs of different shapes.
     """
     inside = np.asarray(inside)
     parts = 2 if usual is not None else 3
     if len(inside) < parts or (labels is not None and len(labels) != len(inside)):
         count = "no" if labels is None else len(labels)
         raise InputError(f"There are {len(inside)} inputs inside and {count} labels; give a label each, or none.")
+    for name, x in outsides.items():
+        if x.shape[1:] != inside.shape[1:]:
+            raise InputError(
+                f"{name} has inputs {x.shape[1:]} and those inside are {inside.shape[1:]}; resize or cut them."
+            )
     choosing, tested = (np.arange(len(inside))[k::parts] for k in (parts - 2, parts - 1))
     detector = Detector(model, inside[::parts] if usual is None else usual)
     most = {name: threshold(a, kept) for name, a in detector(inside[choosing]).items()}

@@ -17,9 +17,9 @@ MANY = 48
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once():
-    """Let all that is asked of one network be asked of one program, for 8 texts or 3 images."""
+    """Let all that is asked of one network be asked of one program, for 8 texts or 6 images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearness, "_PLACES", 8 * 8 * 12)
+        patch.setattr(nearness, "_PLACES", 16 * 8 * 12)
         patch.setattr(outside, "measuring", measure)
         yield
 
@@ -125,6 +125,10 @@ def test_wrong_arguments_are_one_sentence():
     for call, said in (
         (lambda: tell(model, x[:2], {}), "There are 2 inputs inside and no labels"),
         (lambda: tell(model, x, {}, np.zeros(3)), "There are 48 inputs inside and 3 labels"),
+        (
+            lambda: tell(model, x, {"more": x[:, 1:]}),
+            r"more has inputs \(15, 16, 3\) and those inside are \(16, 16, 3\)",
+        ),
         (lambda: abstaining(Detector(model, x[:24]), x, by="profile"), "by is 'profile'; the scores are confidence"),
     ):
         with pytest.raises(InputError, match=said):
