@@ -34,7 +34,12 @@ def runs(tmp_path_factory):
         patch.setattr("aether.evaluate.load.load_run", lambda path: made[path][0])
         patch.setattr("aether.evaluate.run.own_corpus", lambda run: made[run.workdir][1])
         patch.setattr(cli, "prepare_environment", lambda debug: None)
-        yield dict(run=made["aether"][0], noise=str(folder / "noise.npz"), text=str(folder / "other.txt"))
+        yield dict(
+            text_run=made["aether"][0],
+            image_run=made["resnet"][0],
+            noise=str(folder / "noise.npz"),
+            text=str(folder / "other.txt"),
+        )
 
 
 def call(*argv):
@@ -60,6 +65,15 @@ def test_images_of_two_kinds_of_runs(runs, tmp_path, capsys):
     assert row.split("|")[-3].strip() == cell and "| ⵟ profile:" not in text and "baseline stream" in text
 
 
+def test_pictures_of_another_size_are_seen_whole(runs, tmp_path):
+    pictures = np.zeros((3, 16, 16, 1), np.uint8)
+    pictures[:, 0:2] = pictures[:, :, 14:] = 240
+    np.savez(tmp_path / "frames.npz", images=pictures, labels=np.arange(3))
+    found = outside.opened(runs["image_run"], str(tmp_path / "frames.npz"), 9)
+    assert found.shape == (3, 8, 8, 1) and found.dtype == np.uint8
+    assert found[:, 0].min() > 150 and found[:, :, -1].min() > 150 and found[:, 3:, :5].max() < 30
+
+
 def test_texts_and_single_layers(runs, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     argv = ["--runs=aether", f"--outside=other:{runs['text']}", "--usual=100", f"--out={out}", "--layers"]
@@ -68,8 +82,8 @@ def test_texts_and_single_layers(runs, tmp_path, capsys):
     assert list(record["auroc"]) == ["random ids", "shuffled", "other"] and record["inputs"]["other"] == 4
     assert "nll" in record["auroc"]["other"] and 0 <= record["accuracy"] < 1
     assert "| ⵟ profile:blocks.1.mlp.hidden " in capsys.readouterr().out
-    ids = outside.opened(runs["run"], runs["text"], 30)
-    decoded = b"".join(map(runs["run"].tokenizer.decode, ids.tolist())).decode()
+    ids = outside.opened(runs["text_run"], runs["text"], 30)
+    decoded = b"".join(map(runs["text_run"].tokenizer.decode, ids.tolist())).decode()
     assert ids.shape == (4, 16) and Path(runs["text"]).read_text().startswith(decoded)
 
 
