@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from aether.errors import InputError
+from aether.models import resnet
+from aether.models.block import MLP, Block
 from aether.models.resnet import ResNet
 from aether.nn import YatAttention, YatConv2D, YatLinearAttention, YatMLP, YatNMN
 
 _RECORDED = (YatNMN, YatConv2D, YatMLP, YatAttention, YatLinearAttention)
+BLOCKS = (Block, resnet.Block, resnet.YatBlock)
 
 
 class Seen(NamedTuple):
@@ -75,43 +79,67 @@ def seen(model: Any, x: np.ndarray) -> dict[str, Seen]:
 def watching(model: Any) -> Callable[[np.ndarray], dict[str, Seen]]:
     """Return `seen` of a network as a function of its input, compiled once for batches of one shape."""
     layers = layers_of(model)
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: nnx.State, x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        with jax.disable_jit(), _recorded() as found:  # so that the loop over blocks is one of Python's
-            nnx.merge(graph, state)(x)
-        return found
+    run = observing(model, lambda layer, x, y: (x, y) if isinstance(layer, _RECORDED) else None)
 
     def watch(x: np.ndarray) -> dict[str, Seen]:
-        with jax.default_matmul_precision("highest"):
-            arrays = jax.device_get(run(state, jnp.asarray(x)))
-        return {name: Seen(layer, *pair) for (name, layer), pair in zip(layers.items(), arrays, strict=True)}
+        return {name: Seen(layers[name], *pair) for name, pair in run(x)[0].items() if name in layers}
 
     return watch
 
 
+def observing(
+    model: Any, look: Callable[[Any, Array, Array], Any], end: Callable[[Any, Array, Any], Any] = lambda *_: None
+) -> Callable[[np.ndarray], tuple[dict[str, Any], Any]]:
+    """Return a function of a network's input, one program with the forward pass, compiled once for each shape.
+
+    It returns what look(part, its input, its output) makes of each ⵟ layer, of each `MLP` of a baseline, whose output
+    are then its hidden units after GELU, and of each residual block, by name; and end(model, x, y) of the network's
+    input and output. All of that are pytrees of arrays.
+    """
+    blocks = blocks_of(model)
+    usual = [f"{name}.mlp.hidden" for name, part in blocks.items() if isinstance(getattr(part, "mlp", None), MLP)]
+    names = [*layers_of(model), *usual, *blocks]
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, x: Array) -> tuple[list[Any], Any]:
+        network = nnx.merge(graph, state)
+        with jax.disable_jit(), _recorded() as found:  # so that the loop over blocks is one of Python's
+            y = network(x)
+        found.sort(key=lambda call: 2 if isinstance(call[0], BLOCKS) else isinstance(call[0], MLP))
+        return [look(*call) for call in found], end(network, x, y)
+
+    def observe(x: np.ndarray) -> tuple[dict[str, Any], Any]:
+        with jax.default_matmul_precision("highest"):
+            looked, ended = jax.device_get(run(state, jnp.asarray(x)))
+        return dict(zip(names, looked, strict=True)), ended
+
+    return observe
+
+
 @contextmanager
 def _recorded() -> Iterator[list[tuple]]:
-    """Note what ⵟ layers are called with and return, in the order of the calls."""
+    """Note ⵟ layers, MLPs and blocks, what they are called with and return, in the order of the calls."""
     found: list[tuple] = []
-    calls: dict[type, Callable] = {kind: kind.__call__ for kind in _RECORDED}
+    calls: dict[type, Callable] = {kind: kind.__call__ for kind in (*_RECORDED, MLP, *BLOCKS)}
 
     def noting(call: Callable) -> Callable:
         def noted(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
             y = call(self, x, *args, **kwargs)
             if isinstance(self, YatMLP):  # which is a layer with the linear map behind it
-                found.append((x, calls[YatNMN](self.hidden, x)))
+                found.append((self.hidden, x, calls[YatNMN](self.hidden, x)))
+            elif isinstance(self, MLP):
+                found.append((self, x, jax.nn.gelu(self.hidden(x))))
             else:
-                found.append((x, y[0] if isinstance(y, tuple) else y))
+                found.append((self, x, y[0] if isinstance(y, tuple) else y))
             return y
 
         return noted
 
-    for kind in _RECORDED:
+    for kind in calls:
         kind.__call__ = noting(calls[kind])  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        for kind in _RECORDED:
+        for kind in calls:
             kind.__call__ = calls[kind]  # type: ignore[method-assign]
