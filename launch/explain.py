@@ -9,6 +9,7 @@ pictures in explain/. Parts:
   first_layer   the first layer of a network that reads images, as pictures
   prototypes    the inputs nearest to units, silent and equal units
   capacity      norms in the RKHS, spectra, Rademacher bounds; over the checkpoints that are kept
+  outside       how well inputs that are none of the data's kind are told from them, and when to abstain
   lazy          what it costs to evaluate only the nearest prototypes
   features      ⵟ layers as linear models of a finite feature map
 Of a baseline, parts that need ⵟ units say so, and the others are done.
@@ -19,6 +20,7 @@ import sys
 
 from absl import flags
 
+from aether.errors import InputError
 from launch import cli
 
 FLAGS = cli.new_flags()
@@ -33,6 +35,7 @@ flags.DEFINE_integer("length", 128, "tokens of each text", flag_values=FLAGS, lo
 flags.DEFINE_multi_string("text", [], "a text whose last token is taken apart instead; several times too", FLAGS)
 flags.DEFINE_multi_string("layer", [], "layer whose prototypes are shown; several times too", flag_values=FLAGS)
 flags.DEFINE_multi_integer("unit", [], "unit of the layer; several times too", flag_values=FLAGS)
+flags.DEFINE_multi_string("outside", [], "NAME:PATH, data that are not the run's; several times too", FLAGS)
 flags.DEFINE_string("baseline", "", "folder of a run whose first layer is shown beside", flag_values=FLAGS)
 
 
@@ -52,10 +55,19 @@ def main(args: flags.FlagValues) -> None:
         texts=tuple(args.text),
         layers=tuple(args.layer),
         units=tuple(args.unit),
+        outside=dict(map(_named, args.outside)),
         baseline=args.baseline,
     )
     how = dict(step=args.step, average=args.average, asked=asked, log=say)
     print(json.dumps(explain_run(workdir, args.what, args.out or None, **how), ensure_ascii=False), flush=True)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Read NAME:PATH."""
+    name, _, path = text.partition(":")
+    if not (name and path):
+        raise InputError(f"--outside is {text!r}; give NAME:PATH, such as french:texts/french.txt.")
+    return name, path
 
 
 if __name__ == "__main__":

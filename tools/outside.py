@@ -11,7 +11,6 @@ threshold that keeps --kept of other validation data, accuracy and calibration e
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ def record(path: str, others: Sequence[tuple[str, str]], values: flags.FlagValue
     """Return what a run's scores are worth, as a line of --out."""
     from flax import nnx
 
+    from aether.evaluate.inputs import as_taken, chosen, foreign
     from aether.evaluate.load import load_run
     from aether.evaluate.run import own_corpus, validation_examples
     from aether.explain.outside import tell
@@ -60,7 +60,7 @@ def record(path: str, others: Sequence[tuple[str, str]], values: flags.FlagValue
     run = load_run(path)
     inside, labels = chosen(run, validation_examples(run)[1], values.rows)
     usual, _ = chosen(run, own_corpus(run).train[0].examples, values.usual)
-    sets = made(inside) | {name: opened(run, place, values.rows) for name, place in others}
+    sets = made(inside) | {name: foreign(run, place, values.rows, "--outside") for name, place in others}
     ready = {name: as_taken(run, x) for name, x in sets.items()}
     model = nnx.merge(run.graph, run.params)
     told = tell(model, as_taken(run, inside), ready, labels, usual=as_taken(run, usual), kept=values.kept)
@@ -68,44 +68,6 @@ def record(path: str, others: Sequence[tuple[str, str]], values: flags.FlagValue
     found = {name: getattr(told, name) for name in ("best", "auroc", "thresholds", "refused", "accuracy")}
     found |= dict(accuracy_kept=told.accuracy_kept, calibration_error=told.calibration_error)
     return dict(run=path, kind=run.config.model.kind, step=run.step, inputs=sizes) | found
-
-
-def chosen(run: Any, examples: Any, rows: int) -> tuple[Any, Any]:
-    """Return that many examples evenly spread, images uint8 with labels, or whole windows of ids and None."""
-    import numpy as np
-
-    numbers = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).round().astype(int))
-    found = [examples[int(i)] for i in numbers]
-    if run.labels is not None:
-        return np.stack([e["images"] for e in found]), np.array([e["labels"] for e in found])
-    whole = [e["tokens"][: run.config.data.context] for e in found if e["segments"].all()]  # without padding
-    if not whole:
-        raise InputError(f"{run.workdir} reads {run.config.data.context} ids and a text has fewer; give a longer one.")
-    return np.stack(whole), None
-
-
-def opened(run: Any, path: str, rows: int) -> Any:
-    """Return examples of other data in the form of the run's: pictures whole, resized, whatever their classes."""
-    from aether.data.images.load import Labels, image_set
-    from aether.data.images.sources import open_source
-    from aether.evaluate.run import validation_examples
-
-    if run.labels is None:
-        return chosen(run, validation_examples(run, path)[1], rows)[0]
-    image = replace(run.config.image, eval_crop=1.0)
-    source = open_source(path, run.config.data, image.strict, lambda line: print(line, file=sys.stderr), "--outside")
-    labels = Labels(source.classes, run.labels.pictures)
-    return chosen(run, image_set(source, source.held_out or source.train, labels, image), rows)[0]
-
-
-def as_taken(run: Any, x: Any) -> Any:
-    """Return images as the network takes them; ids stay."""
-    import numpy as np
-
-    from aether.losses import scaled
-
-    c = run.config.image
-    return x if run.labels is None else np.asarray(scaled(x, c.mean, c.std))
 
 
 def report(records: Sequence[dict[str, Any]], kept: float, layers: bool = False) -> str:

@@ -171,3 +171,26 @@ def _plain(axis: Any) -> None:
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.spines["bottom"].set_color(MUTED)
+
+
+def draw_outside(inside: np.ndarray, sets: Mapping[str, np.ndarray], threshold: float) -> bytes:
+    """Return where a score's middle half and middle 90 % lie, inside and in each set, and the threshold."""
+    rows = {"inside": inside, **sets}
+    figure = new_figure(8.5, 0.36 * len(rows) + 1.1)
+    axis = figure.subplots()
+    low = min(inside.min(), threshold)
+    scale = max(float(np.percentile(inside, 95) - np.percentile(inside, 5)), 1e-30)
+    for k, (name, values) in enumerate(rows.items()):
+        five, quarter, half, three, most = np.percentile(values, (5, 25, 50, 75, 95))
+        colour = FOR if name == "inside" else AGAINST
+        axis.hlines(k, five, most, color=colour, linewidth=1.5)
+        axis.hlines(k, quarter, three, color=colour, linewidth=7)
+        axis.plot(half, k, marker="|", color="white", markersize=8, markeredgewidth=2)
+    axis.axvline(threshold, color=INK, linewidth=1, linestyle="--")
+    axis.set_xscale("symlog", linthresh=3 * scale + abs(float(low)))
+    axis.set_yticks(range(len(rows)), list(rows), color=INK)
+    axis.invert_yaxis()
+    axis.set_xlabel("score: middle half and middle 90 %", color=INK)
+    _plain(axis)
+    axis.grid(axis="x", color=GRID, linewidth=0.8)
+    return png(figure)

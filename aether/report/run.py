@@ -16,6 +16,7 @@ from aether.report.attribution import attribution
 from aether.report.capacity import capacity
 from aether.report.features import features
 from aether.report.lazy import lazy
+from aether.report.outside import outside
 from aether.report.page import render
 from aether.report.prototypes import first, prototypes
 from aether.report.section import Content, Section
@@ -28,6 +29,7 @@ PARTS: dict[str, tuple[str, Callable[[Subject], Content]]] = {
     "first_layer": ("First layer", first),
     "prototypes": ("Prototypes", prototypes),
     "capacity": ("Capacity", capacity),
+    "outside": ("Far from the data", outside),
     "lazy": ("Only the nearest prototypes", lazy),
     "features": ("A finite feature map", features),
 }

@@ -12,12 +12,12 @@ from flax import nnx
 from aether.data.examples import Batch, Examples
 from aether.data.tokenizers import EOT
 from aether.errors import InputError
+from aether.evaluate.inputs import as_taken, spread
 from aether.evaluate.load import Run
 from aether.evaluate.run import validation_examples
 from aether.explain.layers import layer_of
 from aether.explain.points import centres_of
 from aether.explain.prototypes import KINDS
-from aether.losses import scaled
 from aether.models import describe_model
 
 ROWS = 32  # inputs of a forward pass
@@ -146,13 +146,12 @@ class Subject:
     def _rows(self) -> list[Batch]:
         name, examples = self.examples
         if self.images:
-            rows = [examples[i] for i in _spread(len(examples), self.asked.inputs)]
-            c = self.run.config.image
-            return [row | dict(x=np.asarray(scaled(row["images"], c.mean, c.std))) for row in rows]
+            rows = [examples[i] for i in spread(len(examples), self.asked.inputs)]
+            return [row | dict(x=as_taken(self.run, row["images"])) for row in rows]
         length = min(self.asked.length, self.run.config.data.context)
         masked = self.run.config.model.task == "mlm"
         rows = []
-        for i in _spread(len(examples), 4 * self.asked.inputs):  # some have a document's end inside
+        for i in spread(len(examples), 4 * self.asked.inputs):  # some have a document's end inside
             row = _masked(examples[i], length) if masked else _continued(examples[i], length)
             if row is not None and len(rows) < self.asked.inputs:
                 rows.append(row)
@@ -174,11 +173,6 @@ class Subject:
         hidden = ids[:context].copy()
         hidden[-1] = self.run.config.model.vocab
         return Text(hidden, int(ids[: len(hidden)][-1]), len(hidden) - 1)
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """Return `count` numbers below `total`, evenly spaced, or all."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
 def _continued(window: Batch, length: int) -> Batch | None:

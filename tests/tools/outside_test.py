@@ -9,6 +9,7 @@ import pytest
 
 from aether.data.corpus import open_corpus
 from aether.errors import InputError
+from aether.evaluate.inputs import foreign
 from aether.evaluate.load import Run
 from aether.parallel import make_mesh
 from aether.testing import drawn_state, tiny_run
@@ -69,7 +70,7 @@ def test_pictures_of_another_size_are_seen_whole(runs, tmp_path):
     pictures = np.zeros((3, 16, 16, 1), np.uint8)
     pictures[:, 0:2] = pictures[:, :, 14:] = 240
     np.savez(tmp_path / "frames.npz", images=pictures, labels=np.arange(3))
-    found = outside.opened(runs["image_run"], str(tmp_path / "frames.npz"), 9)
+    found = foreign(runs["image_run"], str(tmp_path / "frames.npz"), 9, "--outside")
     assert found.shape == (3, 8, 8, 1) and found.dtype == np.uint8
     assert found[:, 0].min() > 150 and found[:, :, -1].min() > 150 and found[:, 3:, :5].max() < 30
 
@@ -82,7 +83,7 @@ def test_texts_and_single_layers(runs, tmp_path, capsys):
     assert list(record["auroc"]) == ["random ids", "shuffled", "other"] and record["inputs"]["other"] == 4
     assert "nll" in record["auroc"]["other"] and 0 <= record["accuracy"] < 1
     assert "| ⵟ profile:blocks.1.mlp.hidden " in capsys.readouterr().out
-    ids = outside.opened(runs["text_run"], runs["text"], 30)
+    ids = foreign(runs["text_run"], runs["text"], 30, "--outside")
     decoded = b"".join(map(runs["text_run"].tokenizer.decode, ids.tolist())).decode()
     assert ids.shape == (4, 16) and Path(runs["text"]).read_text().startswith(decoded)
 
