@@ -1,14 +1,12 @@
-"""What the prototypes of a layer are like: nearest inputs, the nearest of them, equal ones, silent ones, pictures."""
+"""What the prototypes of a layer are like: how they answer to points, equal ones, pictures of a first layer."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aether.errors import InputError
 from aether.explain.duplicates import close_pairs
-from aether.explain.layers import layer_of, layers_of, watching
-from aether.explain.points import centres_of, directions, points_of
+from aether.explain.points import centres_of, directions
 from aether.models.resnet import NormalizedConv, ResNet
 from aether.models.vit import ViT
 from aether.nn import YatConv2D, YatNMN
@@ -22,32 +20,6 @@ class Nearest(NamedTuple):
 
     units: np.ndarray
     values: np.ndarray
-
-
-class Found(NamedTuple):
-    """The inputs of a data set that come nearest to each prototype, the nearest first.
-
-    Attributes:
-      rows: (units, m), numbers of documents or images, counted over all batches.
-      places: (units, m), the position in the document, or the number of the patch in the image, row by row.
-      values: (units, m), distances or |responses|.
-      contexts: (units, m, length), of documents the ids up to that position, before their first -1; else None.
-      among: how many places an input has.
-    """
-
-    rows: np.ndarray
-    places: np.ndarray
-    values: np.ndarray
-    contexts: np.ndarray | None
-    among: int
-
-
-class Silent(NamedTuple):
-    """The units that do not respond: their numbers, the largest |y| of every unit, and the layer's scale."""
-
-    units: np.ndarray
-    largest: np.ndarray
-    scale: float
 
 
 def compared(layer: Any, points: np.ndarray, by: str = "distance") -> np.ndarray:
@@ -85,125 +57,6 @@ def nearest_prototypes(layer: Any, points: np.ndarray, m: int, by: str = "distan
     return Nearest(order, np.take_along_axis(values, order, -1))
 
 
-def nearest_inputs(
-    model: Any, name: str, batches: Iterable[np.ndarray], m: int, *, by: str = "distance", length: int = 16
-) -> Found:
-    """Return the m inputs of a data set that come nearest to each prototype of a layer, or of the largest |response|.
-
-    Of the data no more than a batch and what is found is kept. With less than m inputs there are so many.
-
-    Args:
-      model: the network.
-      name: of the layer, see `aether.explain.layers`.
-      batches: inputs of the network, ids (b, t) or images (b, s, s, c).
-      m: how many.
-      by: "distance" or "response".
-      length: of the contexts, for ids.
-
-    Raises:
-      InputError: there is no such layer, no input, or `by` is neither.
-    """
-    return survey(model, batches, m, names=[name], by=by, length=length)[name].nearest
-
-
-class Surveyed(NamedTuple):
-    """What a data set tells of a layer's units: the nearest inputs of each, and how much each responds at most."""
-
-    nearest: Found
-    responses: Silent
-
-
-def survey(
-    model: Any,
-    batches: Iterable[np.ndarray],
-    m: int,
-    *,
-    names: Sequence[str] = (),
-    by: str = "distance",
-    length: int = 16,
-    threshold: float = 1e-3,
-) -> dict[str, Surveyed]:
-    """Return `nearest_inputs` and `silent_units` of several layers, all of them by default, from one pass over data.
-
-    Raises:
-      InputError: there is no such layer, no layer with prototypes, no input, or `by` is neither.
-    """
-    there = [name for name, layer in layers_of(model).items() if isinstance(layer, KINDS)]
-    layers = {name: layer_of(model, name, KINDS) for name in names or there or [""]}
-    watch, first = watching(model), 0
-    best = {name: _Best(layer, m, length) for name, layer in layers.items()}
-    loud = {name: _Loud() for name in layers}
-    for x in batches:
-        found = watch(x)
-        for name, layer in layers.items():
-            points = points_of(layer, found[name].x)
-            best[name].add(compared(layer, points, by).T, x, first, smallest=by == "distance")
-            loud[name].add(found[name].y)
-        first += len(x)
-    if not (first and m > 0):
-        raise InputError("There is no input to compare prototypes with; give some data, and m above 0.")
-    return {name: Surveyed(best[name].found(), loud[name].silent(threshold)) for name in layers}
-
-
-class _Best:
-    """The inputs with the smallest values so far, for each unit of a layer."""
-
-    def __init__(self, layer: Any, m: int, length: int):
-        self.m, self.length = m, length
-        self.key = np.empty((centres_of(layer).shape[0], 0))
-        self.rows, self.places = (np.empty(self.key.shape, np.int64) for _ in range(2))
-        self.contexts, self.ids, self.among = np.empty((*self.key.shape, length), np.int64), False, 0
-
-    def add(self, values: np.ndarray, x: np.ndarray, first: int, *, smallest: bool) -> None:
-        """Take values (units, points) of a batch whose first input has this number."""
-        values, points = values if smallest else -np.abs(values), values.shape[1]
-        few = np.sort(np.argpartition(values, min(self.m, points) - 1, -1)[:, : self.m], -1)
-        self.among = points // len(x)
-        row, place = np.divmod(few, self.among)
-        key = np.concatenate([self.key, np.take_along_axis(values, few, -1)], -1)
-        best = np.argsort(key, -1, kind="stable")[:, : self.m]
-        self.key, self.rows, self.places = (
-            np.take_along_axis(a, best, -1)
-            for a in (
-                key,
-                np.concatenate([self.rows, first + row], -1),
-                np.concatenate([self.places, place], -1),
-            )
-        )
-        self.ids = x.ndim == 2
-        if self.ids:
-            new = _contexts(x, row, place, self.length)
-            self.contexts = np.take_along_axis(np.concatenate([self.contexts, new], 1), best[..., None], 1)
-
-    def found(self) -> Found:
-        """Return them."""
-        return Found(self.rows, self.places, np.abs(self.key), self.contexts if self.ids else None, self.among)
-
-
-class _Loud:
-    """The largest |y| of each unit so far, and the mean square of all."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self.largest = 0, 0.0, np.zeros(())
-
-    def add(self, y: np.ndarray) -> None:
-        """Take the outputs (..., units) of a batch."""
-        y = np.abs(np.asarray(y, np.float64).reshape(-1, y.shape[-1]))
-        self.largest, self.total = np.maximum(self.largest, y.max(0)), self.total + float(np.sum(y * y))
-        self.count += y.size
-
-    def silent(self, threshold: float) -> Silent:
-        """Return the units below threshold times the root mean square."""
-        scale = (self.total / self.count) ** 0.5
-        return Silent(np.flatnonzero(self.largest < threshold * scale), self.largest, scale)
-
-
-def _contexts(ids: np.ndarray, rows: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
-    """Return the last `length` ids up to each place, (..., length), -1 before a document's first."""
-    at = places[..., None] + np.arange(1 - length, 1)
-    return np.where(at >= 0, ids[rows[..., None], np.maximum(at, 0)], -1)
-
-
 def duplicates(layer: Any, threshold: float, *, by: str = "distance") -> list[tuple[int, int, float]]:
     """Return (i, j, value), i < j, of prototypes that are near each other, the nearest first.
 
@@ -216,23 +69,6 @@ def duplicates(layer: Any, threshold: float, *, by: str = "distance") -> list[tu
         raise InputError(f"by is {by!r} and threshold {threshold}; it takes distance, or cosine with one in -1..1.")
     pairs = close_pairs(directions(centres), (2 - 2 * threshold) ** 0.5, relative=False)
     return [(i, j, 1 - distance**2 / 2) for i, j, distance in pairs]
-
-
-def silent_units(model: Any, name: str, batches: Iterable[np.ndarray], threshold: float = 1e-3) -> Silent:
-    """Return the units of a layer whose |y| stays below threshold · scale over a whole data set.
-
-    The scale is the root mean square of the layer's outputs over all data, places and units.
-
-    Raises:
-      InputError: there is no such layer, or no data.
-    """
-    layer_of(model, name, KINDS)
-    watch, loud = watching(model), _Loud()
-    for x in batches:
-        loud.add(watch(x)[name].y)
-    if not loud.count:
-        raise InputError(f"There is no input to see the units of {name} respond to; give some data.")
-    return loud.silent(threshold)
 
 
 def first_layer(model: Any) -> np.ndarray:

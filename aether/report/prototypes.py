@@ -9,7 +9,8 @@ from flax import nnx
 
 from aether.evaluate.load import load_run
 from aether.explain.layers import layer_of, layers_of
-from aether.explain.prototypes import KINDS, Found, Surveyed, duplicates, first_layer, survey
+from aether.explain.prototypes import KINDS, duplicates, first_layer
+from aether.explain.survey import Found, Surveyed, survey
 from aether.nn import YatConv
 from aether.report.draw import draw_kernels, draw_nearest
 from aether.report.section import Content, Item, Picture, Table

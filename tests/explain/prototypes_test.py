@@ -12,10 +12,9 @@ from aether.explain.prototypes import (
     compared,
     duplicates,
     first_layer,
-    nearest_inputs,
     nearest_prototypes,
-    silent_units,
 )
+from aether.explain.survey import nearest_inputs, silent_units
 from aether.nn import YatNMN
 from aether.testing import drawn_state, inputs_of, network_config
 
