@@ -36,8 +36,7 @@ def compared(layer: Any, points: np.ndarray, by: str = "distance") -> np.ndarray
     Raises:
       InputError: `by` is neither, or the points have another width.
     """
-    if by not in _BY:
-        raise InputError(f"by is {by!r}; it takes one of {', '.join(_BY)}.")
+    check_by(by)
     w, x = centres_of(layer), np.asarray(points, np.float64)
     if x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise InputError(f"The points are {x.shape} and the prototypes {w.shape}; give points (n, {w.shape[1]}).")
@@ -48,6 +47,12 @@ def compared(layer: Any, points: np.ndarray, by: str = "distance") -> np.ndarray
         return np.sqrt(squares)
     bias, alpha, epsilon = (np.asarray(layer.unit()[name], np.float64) for name in ("bias", "alpha", "epsilon"))
     return alpha * (dots + bias) ** 2 / (squares + epsilon)
+
+
+def check_by(by: str) -> None:
+    """Refuse a way to compare that there is not."""
+    if by not in _BY:
+        raise InputError(f"by is {by!r}; it takes one of {', '.join(_BY)}.")
 
 
 def nearest_prototypes(layer: Any, points: np.ndarray, m: int, by: str = "distance") -> Nearest:

@@ -7,8 +7,8 @@ import numpy as np
 
 from aether.errors import InputError
 from aether.explain.layers import layer_of, layers_of, watching
-from aether.explain.points import centres_of, points_of
-from aether.explain.prototypes import KINDS, compared
+from aether.explain.points import centres_of, directions, points_of
+from aether.explain.prototypes import KINDS, check_by
 
 
 class Found(NamedTuple):
@@ -83,13 +83,12 @@ def survey(
     there = [name for name, layer in layers_of(model).items() if isinstance(layer, KINDS)]
     layers = {name: layer_of(model, name, KINDS) for name in names or there or [""]}
     watch, first = watching(model), 0
-    best = {name: _Best(layer, m, length) for name, layer in layers.items()}
+    best = {name: _Best(layer, m, length, by) for name, layer in layers.items()}
     loud = {name: _Loud() for name in layers}
     for x in batches:
         found = watch(x)
         for name, layer in layers.items():
-            points = points_of(layer, found[name].x)
-            best[name].add(compared(layer, points, by).T, x, first, smallest=by == "distance")
+            best[name].add(points_of(layer, found[name].x), x, first)
             loud[name].add(found[name].y)
         first += len(x)
     if not (first and m > 0):
@@ -98,38 +97,54 @@ def survey(
 
 
 class _Best:
-    """The inputs with the smallest values so far, for each unit of a layer."""
+    """The inputs that are nearest to each unit of a layer so far: chosen in float32, told by differences in float64."""
 
-    def __init__(self, layer: Any, m: int, length: int):
-        self.m, self.length = m, length
-        self.key = np.empty((centres_of(layer).shape[0], 0))
+    def __init__(self, layer: Any, m: int, length: int, by: str):
+        check_by(by)
+        self.layer, self.m, self.length, self.by = layer, m, length, by
+        self.centres = centres_of(layer)
+        self.key = np.empty((len(self.centres), 0))
         self.rows, self.places = (np.empty(self.key.shape, np.int64) for _ in range(2))
         self.contexts, self.ids, self.among = np.empty((*self.key.shape, length), np.int64), False, 0
 
-    def add(self, values: np.ndarray, x: np.ndarray, first: int, *, smallest: bool) -> None:
-        """Take values (units, points) of a batch whose first input has this number."""
-        values, points = values if smallest else -np.abs(values), values.shape[1]
-        few = np.sort(np.argpartition(values, min(self.m, points) - 1, -1)[:, : self.m], -1)
-        self.among = points // len(x)
+    def add(self, points: np.ndarray, x: np.ndarray, first: int) -> None:
+        """Take the points (n, d) of a batch x whose first input has this number."""
+        points = directions(points) if self.layer.spherical else points
+        dots = self.centres.astype(np.float32) @ points.T
+        rough = self._key(_squares(self.centres, points) - 2 * dots, dots)
+        few = np.sort(np.argpartition(rough, min(self.m, len(points)) - 1, -1)[:, : self.m], -1)
+        near, centres = points[few].astype(np.float64), self.centres[:, None]
+        exact = self._key(np.sum((near - centres) ** 2, -1), np.sum(near * centres, -1))
+        self.among = len(points) // len(x)
         row, place = np.divmod(few, self.among)
-        key = np.concatenate([self.key, np.take_along_axis(values, few, -1)], -1)
+        key = np.concatenate([self.key, exact], -1)
         best = np.argsort(key, -1, kind="stable")[:, : self.m]
         self.key, self.rows, self.places = (
             np.take_along_axis(a, best, -1)
-            for a in (
-                key,
-                np.concatenate([self.rows, first + row], -1),
-                np.concatenate([self.places, place], -1),
-            )
+            for a in (key, np.concatenate([self.rows, first + row], -1), np.concatenate([self.places, place], -1))
         )
         self.ids = x.ndim == 2
         if self.ids:
             new = _contexts(x, row, place, self.length)
             self.contexts = np.take_along_axis(np.concatenate([self.contexts, new], 1), best[..., None], 1)
 
+    def _key(self, squares: np.ndarray, dots: np.ndarray) -> np.ndarray:
+        """Return what is smallest where an input is nearest, of ‖x − w‖² and x·w, (units, n)."""
+        if self.by == "distance":
+            return squares
+        unit = self.layer.unit()
+        bias, alpha, epsilon = (np.asarray(unit[name]).reshape(-1, 1) for name in ("bias", "alpha", "epsilon"))
+        return -np.abs(alpha * (dots + bias) ** 2 / (squares + epsilon))
+
     def found(self) -> Found:
         """Return them."""
-        return Found(self.rows, self.places, np.abs(self.key), self.contexts if self.ids else None, self.among)
+        values = np.sqrt(self.key) if self.by == "distance" else -self.key
+        return Found(self.rows, self.places, values, self.contexts if self.ids else None, self.among)
+
+
+def _squares(centres: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return ‖w‖² + ‖x‖² of all, (units, n), float32."""
+    return np.add.outer(np.sum(centres**2, -1), np.sum(points.astype(np.float64) ** 2, -1)).astype(np.float32)
 
 
 class _Loud:
