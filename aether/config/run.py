@@ -55,6 +55,10 @@ class TrainConfig(Section, prefix="train"):
     max_skipped: int = knob(10, "non-finite steps in a row (each skipped) that end the run", low=1, free=True)
     init_from: str = knob("", "DIR or DIR@STEP: start from that run's parameters")
     profile_steps: str = knob("", "a:b writes a profiler trace of steps a+1 to b", free=True)
+    telemetry_every: int = knob(
+        0, "steps between looks at what the ⵟ units do, for telemetry.jsonl (0: none)", low=0, free=True
+    )
+    telemetry_rows: int = knob(4, "rows of the batch that a look takes", low=1, free=True)
     wandb: str = knob("", "Weights & Biases project to log to (empty: none)", free=True)
 
     def __post_init__(self) -> None:

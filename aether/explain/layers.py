@@ -79,7 +79,8 @@ def watching(model: Any) -> Callable[[np.ndarray], dict[str, Seen]]:
 
     @jax.jit
     def run(state: nnx.State, x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        with jax.disable_jit(), _recorded() as found:  # so that the loop over blocks is one of Python's
+        found: list[tuple[jax.Array, jax.Array]] = []
+        with jax.disable_jit(), noting(lambda _, x, y, how: found.append((x, y))):  # the loop over blocks is Python's
             nnx.merge(graph, state)(x)
         return found
 
@@ -92,26 +93,25 @@ def watching(model: Any) -> Callable[[np.ndarray], dict[str, Seen]]:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[tuple]]:
-    """Note what ⵟ layers are called with and return, in the order of the calls."""
-    found: list[tuple] = []
+def noting(note: Callable[[Any, jax.Array, jax.Array, dict[str, Any]], None]) -> Iterator[None]:
+    """Call note(layer, x, y, keywords) with what each ⵟ layer is called with and returns, as it is called."""
     calls: dict[type, Callable] = {kind: kind.__call__ for kind in _RECORDED}
 
-    def noting(call: Callable) -> Callable:
-        def noted(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def noted(call: Callable) -> Callable:
+        def called(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
             y = call(self, x, *args, **kwargs)
             if isinstance(self, YatMLP):  # which is a layer with the linear map behind it
-                found.append((x, calls[YatNMN](self.hidden, x)))
+                note(self.hidden, x, calls[YatNMN](self.hidden, x), kwargs)
             else:
-                found.append((x, y[0] if isinstance(y, tuple) else y))
+                note(self, x, y[0] if isinstance(y, tuple) else y, kwargs)
             return y
 
-        return noted
+        return called
 
     for kind in _RECORDED:
-        kind.__call__ = noting(calls[kind])  # type: ignore[method-assign]
+        kind.__call__ = noted(calls[kind])  # type: ignore[method-assign]
     try:
-        yield found
+        yield
     finally:
         for kind in _RECORDED:
             kind.__call__ = calls[kind]  # type: ignore[method-assign]

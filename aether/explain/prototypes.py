@@ -14,6 +14,7 @@ from aether.models.vit import ViT
 from aether.nn import YatConv2D, YatNMN
 
 KINDS = (YatNMN, YatConv2D)  # layers that have prototypes
+SILENT = 1e-3  # of a layer's scale: the largest response of a unit that counts as silent
 _BY = ("distance", "response")
 
 
@@ -146,7 +147,7 @@ def duplicates(layer: Any, threshold: float, *, by: str = "distance") -> list[tu
     return [(i, j, 1 - distance**2 / 2) for i, j, distance in pairs]
 
 
-def silent_units(model: Any, name: str, batches: Iterable[np.ndarray], threshold: float = 1e-3) -> Silent:
+def silent_units(model: Any, name: str, batches: Iterable[np.ndarray], threshold: float = SILENT) -> Silent:
     """Return the units of a layer whose |y| stays below threshold · scale over a whole data set.
 
     The scale is the root mean square of the layer's outputs over all data, places and units.

@@ -14,6 +14,7 @@ from typing import Any
 from aether.storage import storage_errors, write_atomic
 
 METRICS = "metrics.jsonl"
+TELEMETRY = "telemetry.jsonl"  # likewise, its splits the ⵟ layers; `aether.explain.telemetry` says of what numbers
 NOT_A_NUMBER = float("nan")
 
 Values = Mapping[str, float | None]

@@ -1,0 +1,52 @@
+"""What is told of a network's ⵟ units as it trains: one compiled program, a forward pass of a few rows of a batch."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from aether import parallel
+from aether.config import Config
+from aether.explain.telemetry import Packing, told
+from aether.losses import Loss
+from aether.train.step import STOP, Batch
+
+
+class Units:
+    """The numbers of `aether.explain.telemetry`, for the shapes of a run.
+
+    It sees every (batch_size / `train.telemetry_rows`)th row, so that devices share the work, without dropout and
+    mixing, and changes nothing: training is the same to the bit with it and without.
+
+    Args:
+      config: resolved.
+      graph: of the model.
+      loss: calls the model on a batch; its own numbers are not computed.
+      like: the shapes and shardings of the training state.
+      shapes: of a global batch.
+      mesh: where both lie.
+    """
+
+    def __init__(
+        self, config: Config, graph: nnx.GraphDef, loss: Loss, like: Any, shapes: dict[str, Any], mesh: Mesh
+    ) -> None:
+        self._packing, rows = Packing(), config.train.telemetry_rows
+        every = config.data.batch_size // rows
+
+        def look(params: Any, extras: Any, batch: Batch) -> Array:
+            few = {name: value[::every][:rows] for name, value in batch.items() if name != STOP}
+            return self._packing.pack(told(nnx.merge(graph, params, extras), lambda model: loss(model, few, None)))
+
+        with jax.set_mesh(mesh):
+            program = jax.jit(look, out_shardings=NamedSharding(mesh, parallel.P()))
+            self.program = program.lower(like.params, like.extras, shapes).compile()
+
+    def __call__(self, state: Any, batch: Batch) -> Array:
+        """Return the numbers as the devices will have them."""
+        return self.program(state.params, state.extras, batch)
+
+    def fetched(self, numbers: Array) -> dict[str, dict[str, float]]:
+        """Wait for the numbers and return them by layer and name."""
+        return self._packing.unpack(jax.device_get(numbers))
