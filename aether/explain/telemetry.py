@@ -32,6 +32,7 @@ from aether.explain.points import prototypes_of, rows_of
 from aether.explain.prototypes import SILENT
 from aether.kernels.yat import unit
 from aether.nn import YatAttention, YatLinearAttention
+from aether.parallel import constrain
 
 QUERIES = 64  # of a row, evenly spaced: those of which attention's numbers are made
 PERCENTILES = (5, 50, 95)
@@ -165,7 +166,8 @@ def _compared(x: Array, w: Array, spherical: bool, seen: Any = True) -> _Pairs:
     dots = jnp.einsum("...nd,...md->...nm", x, w)  # of a zero vector D = 2, though it has no direction
     squares = (of_x + lacks[0])[..., :, None] + (of_w + lacks[1])[..., None, :] - 2.0 * dots
     nearest = jnp.argmin(jnp.where(seen, squares, jnp.inf), -1)
-    apart = jnp.sum((x - jnp.take_along_axis(w, nearest[..., None], -2)) ** 2, -1)
+    whole = constrain(w, None, None) if w.ndim == 2 else w  # prototypes lie split over a mesh, and rows are looked up
+    apart = jnp.sum((x - jnp.take_along_axis(whole, nearest[..., None], -2)) ** 2, -1)
     apart += lacks[0] + jnp.take_along_axis(lacks[1], nearest, -1)
     cosines = jnp.abs(dots) * (_inverse(of_x)[..., :, None] * _inverse(of_w)[..., None, :])
     return _Pairs(dots, jnp.maximum(squares, 0.0), jnp.sqrt(apart), jnp.max(jnp.where(seen, cosines, 0.0), -1))

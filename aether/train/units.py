@@ -1,5 +1,6 @@
 """What is told of a network's ⵟ units as it trains: one compiled program, a forward pass of a few rows of a batch."""
 
+import math
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from aether.train.step import STOP, Batch
 class Units:
     """The numbers of `aether.explain.telemetry`, for the shapes of a run.
 
-    It sees every (batch_size / `train.telemetry_rows`)th row, so that devices share the work, without dropout and
-    mixing, and changes nothing: training is the same to the bit with it and without.
+    It sees the first rows of each device's share of the batch, as many of each as make `train.telemetry_rows` at least,
+    without dropout and mixing, and changes nothing: training is the same to the bit with it and without.
 
     Args:
       config: resolved.
@@ -32,11 +33,15 @@ class Units:
     def __init__(
         self, config: Config, graph: nnx.GraphDef, loss: Loss, like: Any, shapes: dict[str, Any], mesh: Mesh
     ) -> None:
-        self._packing, rows = Packing(), config.train.telemetry_rows
-        every = config.data.batch_size // rows
+        self._packing = Packing()
+        ways = math.prod(mesh.shape[axis] for axis in parallel.ROWS)
+        each = -(-config.train.telemetry_rows // ways)
+
+        def first(value: Array) -> Array:
+            return value.reshape(ways, -1, *value.shape[1:])[:, :each].reshape(ways * each, *value.shape[1:])
 
         def look(params: Any, extras: Any, batch: Batch) -> Array:
-            few = {name: value[::every][:rows] for name, value in batch.items() if name != STOP}
+            few = {name: first(value) for name, value in batch.items() if name != STOP}
             return self._packing.pack(told(nnx.merge(graph, params, extras), lambda model: loss(model, few, None)))
 
         with jax.set_mesh(mesh):
