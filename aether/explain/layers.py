@@ -78,38 +78,58 @@ def watching(model: Any) -> Callable[[np.ndarray], dict[str, Seen]]:
     graph, state = nnx.split(model)
 
     @jax.jit
-    def run(state: nnx.State, x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        found: list[tuple[jax.Array, jax.Array]] = []
-        with jax.disable_jit(), noting(lambda _, x, y, how: found.append((x, y))):  # the loop over blocks is Python's
-            nnx.merge(graph, state)(x)
-        return found
+    def run(state: nnx.State, x: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return noted(nnx.merge(graph, state), lambda model: model(x), lambda layer, x, y, how: (x, y))
 
     def watch(x: np.ndarray) -> dict[str, Seen]:
         with jax.default_matmul_precision("highest"):
             arrays = jax.device_get(run(state, jnp.asarray(x)))
-        return {name: Seen(layer, *pair) for (name, layer), pair in zip(layers.items(), arrays, strict=True)}
+        return {name: Seen(layer, *arrays[name]) for name, layer in layers.items()}
 
     return watch
 
 
+class Noted(nnx.BatchStat):
+    """What is noted of a layer's call: it leaves a loop over blocks as BatchNorm's statistics do."""
+
+
+Note = Callable[[Any, jax.Array, jax.Array, dict[str, Any]], Any]
+
+
+def noted(model: Any, run: Callable[[Any], Any], note: Note) -> dict[str, Any]:
+    """Return what note(layer, x, y, keywords), arrays or a tree of them, makes of each ⵟ layer's call, by name.
+
+    To be traced; stacked blocks stay a loop, whatever their number.
+
+    Args:
+      model: the network, which stays as it is.
+      run: makes one forward pass of the copy of the network that it is given.
+      note: is given what the layer was called with and what it returned. A `YatMLP` is its `hidden` layer here.
+    """
+    model = nnx.merge(*nnx.split(model), copy=True)
+    with _calling(note):
+        run(model)
+    return {name: layer.noted.get_value() for name, layer in layers_of(model).items()}
+
+
 @contextmanager
-def noting(note: Callable[[Any, jax.Array, jax.Array, dict[str, Any]], None]) -> Iterator[None]:
-    """Call note(layer, x, y, keywords) with what each ⵟ layer is called with and returns, as it is called."""
+def _calling(note: Note) -> Iterator[None]:
+    """Have ⵟ layers note each call."""
     calls: dict[type, Callable] = {kind: kind.__call__ for kind in _RECORDED}
 
-    def noted(call: Callable) -> Callable:
+    def noting(call: Callable) -> Callable:
         def called(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
             y = call(self, x, *args, **kwargs)
             if isinstance(self, YatMLP):  # which is a layer with the linear map behind it
-                note(self.hidden, x, calls[YatNMN](self.hidden, x), kwargs)
+                self.hidden.noted = Noted(note(self.hidden, x, calls[YatNMN](self.hidden, x), kwargs))
             else:
-                note(self, x, y[0] if isinstance(y, tuple) else y, kwargs)
+                self.noted = Noted(note(self, x, y[0] if isinstance(y, tuple) else y, kwargs))
             return y
 
         return called
 
     for kind in _RECORDED:
-        kind.__call__ = noted(calls[kind])  # type: ignore[method-assign]
+        kind.__call__ = noting(calls[kind])  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """What ⵟ layers do with the inputs of a forward pass, in a few numbers a layer that are cheap enough for training.
 
-They are computed where a layer is called and leave as statistics of BatchNorm do, so that a loop over stacked blocks
-stays one, whatever their number. Of a layer with prototypes, over all its inputs or patches x and units w:
+They are computed where a layer is called, so that a loop over stacked blocks stays one, whatever their number. Of a
+layer with prototypes, over all its inputs or patches x and units w:
 
 - `distance_5`, `distance_50`, `distance_95`: percentiles over the inputs of the distance to the nearest prototype, of
   unit vectors if the layer is spherical;
@@ -11,9 +11,9 @@ stays one, whatever their number. Of a layer with prototypes, over all its input
 - `scale`: root mean square of y = α (x·w + b)² / (‖x − w‖² + ε);
 - `squared_norm`: mean of `aether.explain.capacity.squared_norms` over the units.
 
-Of attention the first four with queries and the keys that they may see in the place of inputs and prototypes, `entropy`
-of the weights (nats, mean over queries), and `scale` of what the layer adds to the stream. Linear attention's weights
-are those of its kernel, which its features approximate.
+Of attention distances, alignment and the share of ε, queries and the keys that they may see in the place of inputs and
+prototypes; `entropy` of the weights (nats, mean over queries); and `scale` of what the layer adds to the stream. Linear
+attention's weights are those of its kernel, which its features approximate.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from jax import Array
 
 from aether.errors import InputError
 from aether.explain.capacity import squared_norms
-from aether.explain.layers import layers_of, noting
+from aether.explain.layers import layers_of, noted
 from aether.explain.points import prototypes_of, rows_of
 from aether.explain.prototypes import SILENT
 from aether.kernels.yat import unit
@@ -38,10 +38,6 @@ QUERIES = 64  # of a row, evenly spaced: those of which attention's numbers are 
 PERCENTILES = (5, 50, 95)
 
 Numbers = dict[str, Array]
-
-
-class Told(nnx.BatchStat):
-    """The numbers of a layer's last call."""
 
 
 def telemetry(model: Any, x: np.ndarray) -> dict[str, dict[str, float]]:
@@ -63,10 +59,7 @@ def told(model: Any, run: Callable[[Any], Any]) -> dict[str, Numbers]:
 
     Numbers are float32, products for them of the highest precision; the pass itself is as the network computes it.
     """
-    model = nnx.merge(*nnx.split(model), copy=True)
-    with noting(_note):
-        run(model)
-    return {name: dict(zip(_names(layer), layer.told[...], strict=True)) for name, layer in layers_of(model).items()}
+    return noted(model, run, _numbers)
 
 
 class Packing:
@@ -88,19 +81,10 @@ class Packing:
         return numbers
 
 
-def _note(layer: Any, x: Array, y: Array, how: dict[str, Any]) -> None:
+def _numbers(layer: Any, x: Array, y: Array, how: dict[str, Any]) -> Numbers:
+    attends = isinstance(layer, YatAttention | YatLinearAttention)
     with jax.default_matmul_precision("highest"), jax.named_scope("telemetry"):
-        numbers = _of_attention(layer, x, y, **how) if _attends(layer) else _of_prototypes(layer, x)
-    layer.told = Told(jnp.stack([numbers[name] for name in _names(layer)]))
-
-
-def _attends(layer: Any) -> bool:
-    return isinstance(layer, YatAttention | YatLinearAttention)
-
-
-def _names(layer: Any) -> list[str]:
-    own = ["entropy"] if _attends(layer) else ["dead_share", "squared_norm"]
-    return [*(f"distance_{p}" for p in PERCENTILES), "alignment", "epsilon_share", *own, "scale"]
+        return _of_attention(layer, x, y, **how) if attends else _of_prototypes(layer, x)
 
 
 def _of_prototypes(layer: Any, x: Array) -> Numbers:
