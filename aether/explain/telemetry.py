@@ -40,8 +40,13 @@ PERCENTILES = (5, 50, 95)
 Numbers = dict[str, Array]
 
 
-def telemetry(model: Any, x: np.ndarray) -> dict[str, dict[str, float]]:
+def telemetry(model: Any, x: np.ndarray, **how: Any) -> dict[str, dict[str, float]]:
     """Return the numbers of every ⵟ layer of a network by name, for ids (b, t) or images (b, s, s, c).
+
+    Args:
+      model: the network.
+      x: its input.
+      **how: keywords of its call, as `segments` and `positions`.
 
     Raises:
       InputError: there is no such layer.
@@ -50,8 +55,12 @@ def telemetry(model: Any, x: np.ndarray) -> dict[str, dict[str, float]]:
         raise InputError(f"This {model.config.kind} has no ⵟ units, which telemetry is about; give it a ⵟ network.")
     graph, state = nnx.split(model)
     packing = Packing()
-    run = jax.jit(lambda state, x: packing.pack(told(nnx.merge(graph, state), lambda model: model(x))))
-    return packing.unpack(run(state, jnp.asarray(x)))
+
+    @jax.jit
+    def run(state: nnx.State, x: Array, how: dict[str, Array]) -> Array:
+        return packing.pack(told(nnx.merge(graph, state), lambda model: model(x, **how)))
+
+    return packing.unpack(run(state, jnp.asarray(x), how))
 
 
 def told(model: Any, run: Callable[[Any], Any]) -> dict[str, Numbers]:
