@@ -10,7 +10,8 @@ from aether.config.kinds import OPEN
 from aether.errors import InputError
 
 FREE = (
-    r"mesh\..*|checkpoint\..*|train\.(log_every|eval_every|eval_batches|steps|sample_.*|max_skipped|profile_steps|telemetry_\w*|wandb)"
+    r"mesh\..*|checkpoint\..*|train\.(log_every|eval_every|eval_batches|steps|sample_.*|max_skipped|profile_steps)"
+    r"|train\.(telemetry_\w*|wandb)"
     r"|image\.strict|data\.(workers|prefetch|cache_dir|tfds_dir)|faults\.(?!spike_)\w*|model\.(remat|remat_names|scan_layers|attention_impl)"
 )
 

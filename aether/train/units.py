@@ -26,7 +26,7 @@ class Units:
       graph: of the model.
       loss: calls the model on a batch; its own numbers are not computed.
       like: the shapes and shardings of the training state.
-      shapes: of a global batch.
+      shapes: of a global batch, as it comes from the loader.
       mesh: where both lie.
     """
 
@@ -41,11 +41,12 @@ class Units:
             return value.reshape(ways, -1, *value.shape[1:])[:, :each].reshape(ways * each, *value.shape[1:])
 
         def look(params: Any, extras: Any, batch: Batch) -> Array:
-            few = {name: first(value) for name, value in batch.items() if name != STOP}
+            few = {name: first(value) for name, value in batch.items()}
             return self._packing.pack(told(nnx.merge(graph, params, extras), lambda model: loss(model, few, None)))
 
         with jax.set_mesh(mesh):
             program = jax.jit(look, out_shardings=NamedSharding(mesh, parallel.P()))
+            shapes = {name: shape for name, shape in shapes.items() if name != STOP}
             self.program = program.lower(like.params, like.extras, shapes).compile()
 
     def __call__(self, state: Any, batch: Batch) -> Array:
