@@ -1,5 +1,6 @@
 """A picture of `telemetry.jsonl`: a panel a number, a line a layer."""
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -10,11 +11,11 @@ from aether.errors import InputError
 from aether.figures import INK, MUTED, new_figure, png
 from aether.train.curves import short, style
 
-# name -> title, whether the axis is logarithmic
+# name -> title, whether the axis is logarithmic where values differ tenfold
 PANELS = {
     "distance_5": ("distance to the nearest centre, 5 %", False),
-    "distance_50": ("…, median", False),
-    "distance_95": ("…, 95 %", False),
+    "distance_50": ("median of that distance", False),
+    "distance_95": ("its 95 %", False),
     "alignment": ("alignment, mean of the largest |cos|", False),
     "epsilon_share": ("share of outputs with D < ε", False),
     "dead_share": ("share of dead units", False),
@@ -23,8 +24,8 @@ PANELS = {
     "squared_norm": ("mean squared RKHS norm", True),
 }
 COLUMNS = 3
-ATTENTION, UNITS = "winter_r", "autumn_r"  # colour maps by depth: cold and warm, both darkening
-SPAN = (0.1, 0.9)  # of them that is used
+ATTENTION, UNITS = "GnBu", "YlOrRd"  # colour maps by depth: cold and warm, both darkening
+SPAN = (0.35, 1.0)  # of them that is used
 
 Records = Iterable[Mapping[str, Any]]
 Series = dict[str, tuple[list[int], list[float]]]
@@ -64,7 +65,8 @@ def draw_telemetry(source: str | Path | Records, title: str = "") -> bytes:
 
 def _records(source: str | Path | Records) -> Records:
     if isinstance(source, str | Path):
-        return [json.loads(line) for line in Path(source).read_text().splitlines()]
+        lines = Path(source).read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be torn
     return source
 
 
@@ -101,15 +103,16 @@ def _colors(layers: list[str]) -> dict[str, Any]:
 def _panel(axis: Any, name: str, series: Series, colors: dict[str, Any]) -> None:
     style(axis)
     title, logarithmic = PANELS[name]
-    width = 1.8 if len(series) <= 12 else 1.1
+    width = 1.8 if len(series) <= 12 else 1.1 if len(series) <= 32 else 0.7
     for layer, (steps, values) in series.items():
         marker = dict(marker="o", markersize=3) if len(steps) == 1 else {}
         axis.plot(steps, values, color=colors[layer], linewidth=width, alpha=0.9, **marker)
-    if logarithmic and all(v > 0 for _, values in series.values() for v in values):
+    every = [v for _, values in series.values() for v in values]
+    if logarithmic and 0 < 10 * min(every) < max(every):
         axis.set_yscale("log")
     elif name.endswith("share"):
-        top = max(max(values) for _, values in series.values())
-        axis.set_ylim(-0.02 * max(top, 0.01), 1.1 * max(top, 0.01))
+        top = max(*every, 0.01)
+        axis.set_ylim(-0.02 * top, 1.1 * top)
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axis.tick_params(labelsize=9)
     axis.xaxis.set_major_formatter(lambda value, _: short(value) if value >= 1 else "0")
@@ -120,9 +123,10 @@ def _legend(figure: Any, layers: list[str], colors: dict[str, Any]) -> None:
     """Name the layers, of many of a kind the first, the middle and the last."""
     from matplotlib.lines import Line2D
 
-    shown = []
-    for kind in (ATTENTION, UNITS):
-        own = [layer for layer in layers if _kind(layer) == kind]
-        shown += own if len(own) <= 4 else [own[0], own[len(own) // 2], own[-1]]
-    lines = [Line2D([], [], color=colors[layer], linewidth=3, label=layer) for layer in shown]
-    figure.legend(handles=lines, loc="outside lower left", ncols=4, fontsize=10, frameon=False, labelcolor=MUTED)
+    kinds = [own for kind in (ATTENTION, UNITS) if (own := [layer for layer in layers if _kind(layer) == kind])]
+    few = [own if len(own) <= 4 else [own[0], own[len(own) // 2], own[-1]] for own in kinds]
+    shown = [layer for column in itertools.zip_longest(*few) for layer in column]  # a row a kind
+    lines = [Line2D([], [], color=colors.get(layer, "none"), linewidth=3, label=layer or " ") for layer in shown]
+    figure.legend(
+        handles=lines, loc="outside lower left", ncols=max(map(len, few)), fontsize=10, frameon=False, labelcolor=MUTED
+    )
