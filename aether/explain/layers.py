@@ -121,7 +121,8 @@ def _calling(note: Note) -> Iterator[None]:
         def called(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
             y = call(self, x, *args, **kwargs)
             if isinstance(self, YatMLP):  # which is a layer with the linear map behind it
-                self.hidden.noted = Noted(note(self.hidden, x, calls[YatNMN](self.hidden, x), kwargs))
+                own = Noted(note(self.hidden, x, calls[YatNMN](self.hidden, x), kwargs))
+                self.hidden.noted = own  # type: ignore[attr-defined]
             else:
                 self.noted = Noted(note(self, x, y[0] if isinstance(y, tuple) else y, kwargs))
             return y
