@@ -20,14 +20,19 @@ HIDDEN = -30.0  # a stored bias or ε whose softplus is nothing
 
 
 def made(name, **changes):
-    """A network, of each layer with prototypes unit 1 silent, ε such that it is neither nothing nor all."""
+    """A network, of each layer with prototypes unit 1 silent, ε such that it is neither nothing nor all.
+
+    Where there is no bias unit 2 responds a little, and unit 3 too little.
+    """
     config = network_config(name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
     model = nnx.merge(*drawn_state(config))
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, YatNMN | YatConv2D):
             layer.kernel[...] = layer.kernel[...].at[..., 1].set(0.0)
-            if layer.bias is not None:
+            if layer.bias is None:
+                layer.kernel[...] = layer.kernel[...] * jnp.ones(layer.kernel_shape[-1]).at[2:4].set([0.06, 0.005])
+            else:
                 layer.bias[...] = layer.bias[...].at[..., 1].set(HIDDEN)
         if isinstance(layer, YatNMN | YatConv2D | YatAttention):
             layer.epsilon_param[...] = jnp.full_like(layer.epsilon_param[...], 1.9 if layer.spherical else 200.0)
@@ -146,7 +151,7 @@ def test_numbers_are_those_of_the_formulas(name, changes):
             check(found[key], of_prototypes(layer, given))
             silent = silent_units(model, key, [x]).units
             assert found[key]["dead_share"] == pytest.approx(len(silent) / layer.kernel_shape[-1])
-            assert 1 in silent or layer.bias is None
+            assert 1 in silent and (layer.bias is not None or (3 in silent and 2 not in silent))
 
 
 def test_attention_sees_its_own_document_and_every_few_queries(rng):
