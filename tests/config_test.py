@@ -10,7 +10,8 @@ from aether.config.kinds import OPEN
 from aether.errors import InputError
 
 FREE = (
-    r"mesh\..*|checkpoint\..*|train\.(log_every|eval_every|eval_batches|steps|sample_.*|max_skipped|profile_steps|explain|wandb)"
+    r"mesh\..*|checkpoint\..*|train\.(log_every|eval_every|eval_batches|steps|sample_.*|max_skipped|profile_steps)"
+    r"|train\.(telemetry_\w*|explain|wandb)"
     r"|image\.strict|data\.(workers|prefetch|cache_dir|tfds_dir)|faults\.(?!spike_)\w*|model\.(remat|remat_names|scan_layers|attention_impl)"
 )
 
@@ -177,6 +178,19 @@ def test_decay_of_norms_is_for_networks_that_have_units():
             with_(model=model, optim=dict(rkhs_decay=0.1)).resolved()
     for model in (dict(kind="aether"), dict(kind="gpt2", mlp="yat"), dict(kind="resnet", head="yat")):
         with_(model=model, optim=dict(rkhs_decay=0.1)).resolved()
+
+
+def test_telemetry_is_for_networks_that_have_units_and_takes_rows_of_a_batch():
+    for model in (dict(kind="gpt2"), dict(kind="aether", mlp="gelu", attention="dot"), dict(kind="resnet")):
+        with pytest.raises(InputError, match=r"telemetry_every is 5, but this .* set it to 0, or .*aether_resnet"):
+            with_(model=model, train=dict(telemetry_every=5)).resolved()
+        with_(model=model).resolved()
+    for model in (dict(kind="aether", mlp="gelu"), dict(kind="minibert"), dict(kind="resnet", head="yat")):
+        with_(model=model, train=dict(telemetry_every=5)).resolved()
+    few = dict(data=dict(batch_size=2), train=dict(telemetry_every=5, telemetry_rows=3))
+    with pytest.raises(InputError, match=r"telemetry_rows is 3 and data.batch_size 2; .* at most 2\."):
+        with_(**few).resolved()
+    with_(**few | dict(train=dict(telemetry_rows=3))).resolved()
 
 
 def test_resolved_configs_survive_json():

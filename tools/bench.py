@@ -19,6 +19,8 @@ python -m tools.bench --what=evaluate   tokens a second of the task `documents` 
 python -m tools.bench --what=decode     decoding with the key/value cache against recomputing
 python -m tools.bench --what=layers     each ⵟ layer against the usual one: operations, bytes kept for backward, time
 python -m tools.bench --what=lazy       a ⵟ-MLP at its k nearest prototypes: error, bound, time by the dense one's
+python -m tools.bench --what=telemetry  a look at what the ⵟ units do against a training step: time, products; with
+                                        --compile_only of aether_124m, with --config=FILE of any
 python -m tools.bench --what=save       what the steps lose to a save in the background, by ways to copy the state
 
 The rows of the README's table, each by one command:
@@ -62,10 +64,11 @@ from tools import (
     bench_save,
     bench_stack,
     bench_step,
+    bench_telemetry,
 )
 from tools.bench_compare import measured
 from tools.bench_table import table
-from tools.bench_where import PLATFORMS, absent, here, machine
+from tools.bench_where import PLATFORMS, Where, absent, here, machine
 
 TABLES: dict[str, Callable[..., Any]] = dict(
     dense=bench_dense.tables,
@@ -83,6 +86,7 @@ LINES: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = dict(
     decode=lambda args: iter([bench_stack.decode(args)]),
     layers=lambda args: bench_layers.rows(here(args.backend, args.memory), args.rounds),
     lazy=lambda args: bench_lazy.rows(args.rows or 256, args.width or 256, args.hidden or 4096, args.rounds),
+    telemetry=lambda args: bench_telemetry.rows(args, device(args)),
     save=lambda args: bench_save.rows(args.mb, args.rounds),
 )
 
@@ -152,10 +156,16 @@ def numbers(flag: str, words: list[str]) -> list[int]:
     return [int(word) for word in words]
 
 
+def device(options: SimpleNamespace) -> Where:
+    """Return the device that the flags name."""
+    if options.compile_only:
+        return absent(options.compile_only, options.memory, options.debug)
+    return here(options.backend, options.memory)
+
+
 def compare(names: list[str], options: SimpleNamespace) -> None:
     """Print the tables of these groups."""
-    text, memory = options.compile_only, options.memory
-    where = absent(text, memory, options.debug) if text else here(options.backend, memory)
+    where = device(options)
     if not options.json:
         print(", ".join(f"{k} {v}" for k, v in machine(where).items() if v), flush=True)
     for name in names:

@@ -78,6 +78,7 @@ class Config:
                 f"optim.rkhs_decay is {self.optim.rkhs_decay}, but this {model.kind} has no ⵟ units in MLPs, "
                 f"convolutions or the head; set it to 0, or model.kind to one of {', '.join(BASELINES)}."
             )
+        self._check_telemetry(model)
         length = self.optim.schedule_steps or self.train.steps
         optim = dataclasses.replace(self.optim, learning_rate=rate, schedule_steps=length)
         if self.data.batch_size % self.train.accumulate:
@@ -86,6 +87,19 @@ class Config:
                 "make the batch a multiple of the microbatches."
             )
         return dataclasses.replace(self, model=model, image=image, optim=optim)
+
+    def _check_telemetry(self, model: ModelConfig) -> None:
+        train, rows = self.train, self.data.batch_size
+        if train.telemetry_every and not model.has_units:
+            raise InputError(
+                f"train.telemetry_every is {train.telemetry_every}, but this {model.kind} has no ⵟ units to look at; "
+                f"set it to 0, or model.kind to one of {', '.join(BASELINES)}."
+            )
+        if train.telemetry_every and train.telemetry_rows > rows:
+            raise InputError(
+                f"train.telemetry_rows is {train.telemetry_rows} and data.batch_size {rows}; a look takes rows of one "
+                f"batch, at most {rows}."
+            )
 
     def _check_task(self) -> None:
         """Refuse what the task has no use for."""

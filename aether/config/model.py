@@ -131,6 +131,11 @@ class ModelConfig(Section, prefix="model"):
         return self.kind == "aether_resnet" or "yat" in (self.mlp, self.head)
 
     @property
+    def has_units(self) -> bool:
+        """Whether a resolved network has ⵟ units at all, attention's too."""
+        return self.prototypes or self.attention in ("yat", "yat_linear")
+
+    @property
     def rows(self) -> int:
         """Rows of the embedding: the ids, and of a masked language model the mask, padded by `vocab_multiple`."""
         ids = self.vocab + (self.task == "mlm")

@@ -60,6 +60,12 @@ class TrainConfig(Section, prefix="train"):
         "parts of launch.explain that report.html has at the end, as in first_layer,prototypes (empty: none)",
         free=True,
     )
+    telemetry_every: int = knob(
+        0, "steps between looks at what the ⵟ units do, for telemetry.jsonl (0: none)", low=0, free=True
+    )
+    telemetry_rows: int = knob(
+        4, "rows of the batch that a look takes, at least one of each device's", low=1, free=True
+    )
     wandb: str = knob("", "Weights & Biases project to log to (empty: none)", free=True)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from aether.nn import YatAttention, YatConv2D, YatLinearAttention, YatMLP, YatNM
 
 _RECORDED = (YatNMN, YatConv2D, YatMLP, YatAttention, YatLinearAttention)
 BLOCKS = (Block, resnet.Block, resnet.YatBlock)
+PARTS = (*_RECORDED, MLP, *BLOCKS)
 
 
 class Seen(NamedTuple):
@@ -79,67 +80,103 @@ def seen(model: Any, x: np.ndarray) -> dict[str, Seen]:
 def watching(model: Any) -> Callable[[np.ndarray], dict[str, Seen]]:
     """Return `seen` of a network as a function of its input, compiled once for batches of one shape."""
     layers = layers_of(model)
-    run = observing(model, lambda layer, x, y: (x, y) if isinstance(layer, _RECORDED) else None)
+    run = observing(model, lambda layer, x, y: (x, y), kinds=_RECORDED)
 
     def watch(x: np.ndarray) -> dict[str, Seen]:
-        return {name: Seen(layers[name], *pair) for name, pair in run(x)[0].items() if name in layers}
+        looked, _ = run(x)
+        return {name: Seen(layer, *looked[name]) for name, layer in layers.items()}
 
     return watch
 
 
 def observing(
-    model: Any, look: Callable[[Any, Array, Array], Any], end: Callable[[Any, Array, Any], Any] = lambda *_: None
+    model: Any,
+    look: Callable[[Any, Array, Array], Any],
+    end: Callable[[Any, Array, Any], Any] = lambda *_: None,
+    kinds: tuple[type, ...] = PARTS,
 ) -> Callable[[np.ndarray], tuple[dict[str, Any], Any]]:
     """Return a function of a network's input, one program with the forward pass, compiled once for each shape.
 
-    It returns what look(part, its input, its output) makes of each ⵟ layer, of each `MLP` of a baseline, whose output
-    are then its hidden units after GELU, and of each residual block, by name; and end(model, x, y) of the network's
-    input and output. All of that are pytrees of arrays.
+    It returns what look(part, its input, its output) makes of each part of these kinds by name, and end(model, x, y) of
+    the network's input and output. All of that are pytrees of arrays.
     """
-    blocks = blocks_of(model)
-    usual = [f"{name}.mlp.hidden" for name, part in blocks.items() if isinstance(getattr(part, "mlp", None), MLP)]
-    names = [*layers_of(model), *usual, *blocks]
     graph, state = nnx.split(model)
 
     @jax.jit
-    def run(state: nnx.State, x: Array) -> tuple[list[Any], Any]:
-        network = nnx.merge(graph, state)
-        with jax.disable_jit(), _recorded() as found:  # so that the loop over blocks is one of Python's
-            y = network(x)
-        found.sort(key=lambda call: 2 if isinstance(call[0], BLOCKS) else isinstance(call[0], MLP))
-        return [look(*call) for call in found], end(network, x, y)
+    def run(state: nnx.State, x: Array) -> tuple[dict[str, Any], Any]:
+        network, ends = nnx.merge(graph, state), []
+        note = lambda part, x, y, _: look(part, x, y)  # noqa: E731
+        looked = noted(network, lambda model: ends.append(model(x)), note, kinds)
+        return looked, end(network, x, ends[0])
 
     def observe(x: np.ndarray) -> tuple[dict[str, Any], Any]:
         with jax.default_matmul_precision("highest"):
             looked, ended = jax.device_get(run(state, jnp.asarray(x)))
-        return dict(zip(names, looked, strict=True)), ended
+        return {name: looked[name] for name in parts_of(model, kinds)}, ended
 
     return observe
 
 
+class Noted(nnx.BatchStat):
+    """What is noted of a part's call: it leaves a loop over blocks as BatchNorm's statistics do."""
+
+
+Note = Callable[[Any, Array, Array, dict[str, Any]], Any]
+
+
+def parts_of(model: Any, kinds: tuple[type, ...] = PARTS) -> dict[str, Any]:
+    """Return what can be noted of a network, if it is of these kinds, by name.
+
+    Its ⵟ layers, each `MLP` of a baseline under the name that its hidden layer has in a ⵟ network, and its blocks.
+    """
+    blocks = blocks_of(model)
+    usual = {f"{name}.mlp.hidden": block.mlp for name, block in blocks.items() if hasattr(block, "mlp")}
+    parts = layers_of(model) | {name: mlp for name, mlp in usual.items() if isinstance(mlp, MLP)} | blocks
+    return {name: part for name, part in parts.items() if isinstance(part, kinds)}
+
+
+def noted(model: Any, run: Callable[[Any], Any], note: Note, kinds: tuple[type, ...] = _RECORDED) -> dict[str, Any]:
+    """Return what note(part, x, y, keywords), arrays or a tree of them, makes of the call of each part, by name.
+
+    To be traced; stacked blocks stay a loop, whatever their number.
+
+    Args:
+      model: the network, which stays as it is.
+      run: makes one forward pass of the copy of the network that it is given.
+      note: is given what the part was called with and what it returned. A `YatMLP` is its `hidden` layer here, and of
+        an `MLP` what it returned are its hidden units after GELU.
+      kinds: of the parts, see `parts_of`; its ⵟ layers by default.
+    """
+    model = nnx.merge(*nnx.split(model), copy=True)
+    with _calling(note, kinds):
+        run(model)
+    return {name: part.noted.get_value() for name, part in parts_of(model, kinds).items()}
+
+
 @contextmanager
-def _recorded() -> Iterator[list[tuple]]:
-    """Note ⵟ layers, MLPs and blocks, what they are called with and return, in the order of the calls."""
-    found: list[tuple] = []
-    calls: dict[type, Callable] = {kind: kind.__call__ for kind in (*_RECORDED, MLP, *BLOCKS)}
+def _calling(note: Note, kinds: tuple[type, ...]) -> Iterator[None]:
+    """Have parts of these kinds note each call."""
+    if YatNMN in kinds:  # which in a `YatMLP` is not called: its gradient is one with the linear map's
+        kinds = (*kinds, YatMLP)
+    calls: dict[type, Callable] = {kind: kind.__call__ for kind in kinds}
 
     def noting(call: Callable) -> Callable:
-        def noted(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        def called(self: Any, x: Array, *args: Any, **kwargs: Any) -> Any:
             y = call(self, x, *args, **kwargs)
-            if isinstance(self, YatMLP):  # which is a layer with the linear map behind it
-                found.append((self.hidden, x, calls[YatNMN](self.hidden, x)))
+            if isinstance(self, YatMLP):
+                self.hidden.noted = Noted(note(self.hidden, x, calls[YatNMN](self.hidden, x), kwargs))  # type: ignore[attr-defined]
             elif isinstance(self, MLP):
-                found.append((self, x, jax.nn.gelu(self.hidden(x))))
+                self.noted = Noted(note(self, x, jax.nn.gelu(self.hidden(x)), kwargs))  # type: ignore[attr-defined]
             else:
-                found.append((self, x, y[0] if isinstance(y, tuple) else y))
+                self.noted = Noted(note(self, x, y[0] if isinstance(y, tuple) else y, kwargs))
             return y
 
-        return noted
+        return called
 
     for kind in calls:
         kind.__call__ = noting(calls[kind])  # type: ignore[method-assign]
     try:
-        yield found
+        yield
     finally:
         for kind in calls:
             kind.__call__ = calls[kind]  # type: ignore[method-assign]

@@ -59,18 +59,16 @@ def distances(
         raise InputError("The network has no ⵟ units with prototypes to be far from; sure() tells how sure it is.")
 
     def look(part: Any, x: Array, y: Array) -> Any:
-        if not isinstance(part, KINDS):
-            return None
         found = near(part, x, y)[by]
         return found if places else jnp.mean(found, -1)
 
-    run = observing(model, look)
-    return lambda x: {name: a for name, a in _batched(run, x)[0].items() if a is not None}
+    run = observing(model, look, kinds=KINDS)
+    return lambda x: _batched(run, x)[0]
 
 
 def sure(model: Any) -> Callable[[np.ndarray], Sure]:
     """Return a function of inputs (n, ...): how sure any network of `aether.models` is of each."""
-    run = observing(model, lambda *_: None, _answer)
+    run = observing(model, lambda *_: None, _answer, kinds=())
     return lambda x: _batched(run, x)[1]
 
 

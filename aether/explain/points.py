@@ -4,27 +4,38 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from aether.nn import YatConv
 
 
+def prototypes_of(layer: Any) -> Array:
+    """Return the prototypes as rows (units, d), float32; may be traced."""
+    kernel = layer.prototypes(None, "float32")
+    return kernel.reshape(-1, kernel.shape[-1]).T
+
+
 def centres_of(layer: Any) -> np.ndarray:
     """Return the prototypes as the layer compares them, (units, d), float64: of length 1 if it is spherical."""
-    kernel = np.asarray(layer.prototypes(None, "float32"), np.float64)
-    centres = kernel.reshape(-1, kernel.shape[-1]).T
+    centres = np.asarray(prototypes_of(layer), np.float64)
     return directions(centres) if layer.spherical else centres
 
 
-def points_of(layer: Any, x: np.ndarray) -> np.ndarray:
+def rows_of(layer: Any, x: Any) -> Any:
     """Return what the prototypes of a layer are compared with, (n, d): rows of its input, of a convolution patches.
 
-    The entries of a patch are in the order of the kernel's.
+    The entries of a patch are in the order of the kernel's. May be traced.
     """
     if not isinstance(layer, YatConv):
         return x.reshape(-1, x.shape[-1])
     padded, window = layer.window(jnp.asarray(x).reshape(-1, *x.shape[-len(layer.kernel_shape) + 1 :]))
-    patches = np.asarray(window.patches(padded))
+    patches = window.patches(padded)
     return patches.reshape(-1, patches.shape[-2] * patches.shape[-1])
+
+
+def points_of(layer: Any, x: np.ndarray) -> np.ndarray:
+    """Return `rows_of` as NumPy's."""
+    return np.asarray(rows_of(layer, x))
 
 
 def directions(points: np.ndarray) -> np.ndarray:

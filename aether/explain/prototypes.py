@@ -12,6 +12,7 @@ from aether.models.vit import ViT
 from aether.nn import YatConv2D, YatNMN
 
 KINDS = (YatNMN, YatConv2D)  # layers that have prototypes
+SILENT = 1e-3  # of a layer's scale: the largest response of a unit that counts as silent
 _BY = ("distance", "response")
 
 

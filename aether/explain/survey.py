@@ -8,7 +8,7 @@ import numpy as np
 from aether.errors import InputError
 from aether.explain.layers import layer_of, layers_of, watching
 from aether.explain.points import centres_of, directions, points_of
-from aether.explain.prototypes import KINDS, check_by
+from aether.explain.prototypes import KINDS, SILENT, check_by
 
 
 class Found(NamedTuple):
@@ -73,7 +73,7 @@ def survey(
     names: Sequence[str] = (),
     by: str = "distance",
     length: int = 16,
-    threshold: float = 1e-3,
+    threshold: float = SILENT,
 ) -> dict[str, Surveyed]:
     """Return `nearest_inputs` and `silent_units` of several layers, all of them by default, from one pass over data.
 
@@ -171,7 +171,7 @@ def _contexts(ids: np.ndarray, rows: np.ndarray, places: np.ndarray, length: int
     return np.where(at >= 0, ids[rows[..., None], np.maximum(at, 0)], -1)
 
 
-def silent_units(model: Any, name: str, batches: Iterable[np.ndarray], threshold: float = 1e-3) -> Silent:
+def silent_units(model: Any, name: str, batches: Iterable[np.ndarray], threshold: float = SILENT) -> Silent:
     """Return the units of a layer whose |y| stays below threshold · scale over a whole data set.
 
     The scale is the root mean square of the layer's outputs over all data, places and units.

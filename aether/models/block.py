@@ -92,7 +92,7 @@ def through(
       key: of dropout, on x too; None: no dropout.
 
     Returns:
-      (b, t, d), float32, and the new cache.
+      (b, t, d), float32, and the new cache. Statistics that a block notes (`nnx.BatchStat`) are left in `blocks`.
     """
     keys = None
     if key is not None and c.dropout:
@@ -100,14 +100,16 @@ def through(
         x, keys = dropout(x, c.dropout, first), jnp.stack(rest)
     graph, state = nnx.split(blocks)
 
-    def block(x: Array, layer: tuple) -> tuple[Array, KVCache | None]:
+    def block(x: Array, layer: tuple) -> tuple[Array, tuple[KVCache | None, nnx.State]]:
         params, cache, key = layer
-        x = checkpoint_name(activation(x), "stream")
-        return nnx.merge(graph, params)(x, positions, segments, cache, key)
+        x, one = checkpoint_name(activation(x), "stream"), nnx.merge(graph, params)
+        x, cache = one(x, positions, segments, cache, key)
+        return x, (cache, nnx.state(one, nnx.BatchStat))
 
     body = remat(c, block, looped=c.scan_layers and c.layers > 1)
     with jax.named_scope("blocks"):
-        x, cache = jax.lax.scan(body, x, (state, cache, keys), unroll=1 if c.scan_layers else c.layers)
+        x, (cache, statistics) = jax.lax.scan(body, x, (state, cache, keys), unroll=1 if c.scan_layers else c.layers)
+    nnx.update(blocks, statistics)
     return activation(x), cache
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 STEPS, WAIT = "steps", "data wait"
 START = "start-up"
 PAUSES = ("evaluation", "checkpoint")
-BEFORE = (START, "data", "init", "compile", "restore")  # phases that come before the first step
+BEFORE = (START, "data", "init", "compile", "telemetry", "restore")  # phases that come before the first step
 KEPT = 101  # durations from which a median is taken
 
 

@@ -21,8 +21,8 @@ def draw(curves: Mapping[str, Curve], title: str, per_step: int = 0, unit: str =
     figure = new_figure(10, 6.25, dpi=160)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-    _style(upper)
-    _style(lower)
+    style(upper)
+    style(lower)
     _draw_losses(upper, curves)
     steps, rate = _envelope(*_finite(curves["train"].steps, curves["train"].rate))
     lower.fill_between(steps, rate, color=MUTED, alpha=0.15, linewidth=0)
@@ -72,7 +72,8 @@ def _draw_losses(axis: Any, curves: Mapping[str, Curve]) -> None:
         text.set_parse_math(False)
 
 
-def _style(axis: Any) -> None:
+def style(axis: Any) -> None:
+    """Give an axis a grid and no frame."""
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=12, colors=INK, length=0)

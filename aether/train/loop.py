@@ -21,6 +21,7 @@ from aether.train.report import Reporter, finished
 from aether.train.setup import Run, say, start
 from aether.train.signals import Stop, stop_signals
 from aether.train.spikes import Rewind
+from aether.train.telemetry import Telemetry
 
 
 def train(config: Config, workdir: str, *, started: float | None = None) -> None:
@@ -85,6 +86,7 @@ def _advance(run: Run, stop: Stop) -> None:
         profiler = stack.enter_context(Profiler(run))
         evaluate = Evaluator(run, reporter, stop)
         meter = Meter(run, reporter, stop)
+        telemetry = Telemetry(run, reporter)
         if step:
             with run.guard.activity("evaluation"):
                 evaluate(step, state)  # what a signal left out
@@ -105,15 +107,18 @@ def _advance(run: Run, stop: Stop) -> None:
             batch = parallel.to_global(meter.waiting(next, batches), run.mesh)
             state, metrics = run.step(state, batch | stop.flags(run.mesh))
             step += 1
+            telemetry(step, state, batch)
             meter(step, metrics)
             saving = step == c.train.steps or divides(c.checkpoint.every, step)
             if saving or evaluate.due(step):
+                telemetry.finish()
                 meter.finish()
                 with run.guard.activity("evaluation"):
                     loss = evaluate(step, state)
                 if saving:
                     save(loss)
                 meter.begin()
+        telemetry.finish()
         meter.finish()
         if stop():
             save()  # unless this step is saved already
@@ -135,6 +140,7 @@ def reporter_of(run: Run) -> Reporter:
         per_step=c.per_step,
         primary=run.workdir.primary,
         wandb=c.train.wandb,
+        told=run.units is not None,
         parameters=sum(p.size for p in jax.tree.leaves(run.state.params)),
     )
     reporter.tell(start, agree.of_first(lambda: [name for name in run.corpus.validation if reporter.has(start, name)]))

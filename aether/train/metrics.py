@@ -15,6 +15,7 @@ from aether.storage import storage_errors, write_atomic
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+TELEMETRY = "telemetry.jsonl"  # likewise, its splits the ⵟ layers; `aether.explain.telemetry` says of what numbers
 NOT_A_NUMBER = float("nan")
 
 Values = Mapping[str, float | None]

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, TextIO
 
 from aether.errors import InputError
@@ -17,7 +17,7 @@ from aether.events import TensorBoard
 from aether.storage import write_atomic
 from aether.train.boards import Background, WandB, check_wandb
 from aether.train.curves import CURVES, draw, short
-from aether.train.metrics import METRICS, SAMPLES, Curve, Metrics, Values
+from aether.train.metrics import METRICS, SAMPLES, TELEMETRY, Curve, Metrics, Values
 from aether.workdir import Workdir
 
 TERMINAL_SECONDS = 0.1  # between redraws of the bar
@@ -34,6 +34,7 @@ class Reporter:
       start_step: the step restored; lines beyond it are dropped from `metrics.jsonl`.
       primary: whether this process writes and prints; the others read nothing either, and remember what `has` asks for.
       wandb: the W&B project, or "".
+      told: whether `units` will be called: then there is a `telemetry.jsonl`.
       name: the run's name, in the title of the curves and in W&B.
       config: the resolved config.
       unit: what a run counts, tokens or images.
@@ -54,6 +55,7 @@ class Reporter:
         unit: str = "tokens",
         per_step: int = 0,
         wandb: str = "",
+        told: bool = False,
         parameters: int = 0,
         stream: TextIO | None = None,
     ) -> None:
@@ -65,6 +67,8 @@ class Reporter:
             Metrics(workdir.file(name) if primary else None, start_step=start_step, write=True)
             for name in (METRICS, SAMPLES)
         )
+        kept = workdir.file(TELEMETRY) if primary and (told or workdir.exists(TELEMETRY)) else None
+        self._units = Metrics(kept, start_step=start_step, write=True)
         self._told: set[tuple[int, str]] = set()
         self._pending: dict[str, Curve] | None = None
         self._undrawn = self._closed = False
@@ -79,10 +83,12 @@ class Reporter:
             except InputError:
                 self._metrics.close()
                 self._samples.close()
+                self._units.close()
                 raise
         self._background = Background(self.say)
-        if self._metrics.dropped:
-            self.say(f"{METRICS}: dropped {self._metrics.dropped} lines beyond step {start_step} or torn.")
+        for name, file in ((METRICS, self._metrics), (TELEMETRY, self._units)):
+            if file.dropped:
+                self.say(f"{name}: dropped {file.dropped} lines beyond step {start_step} or torn.")
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +120,12 @@ class Reporter:
         self._record(step, name, metrics)
         self.say(f"step {step}  {name}: {_describe(metrics)}")
 
+    def units(self, step: int, layers: Mapping[str, Values]) -> None:
+        """Record what is told of the ⵟ layers, by name, after `step` updates."""
+        for name, values in layers.items():
+            self._units.add(step, name, values)
+            self._show(step, f"units/{name}", values)
+
     def sample(self, step: int, text: str) -> None:
         """Show a text that the model wrote after `step` updates."""
         if not self._primary:
@@ -136,10 +148,11 @@ class Reporter:
         self._background.put(CURVES, self._draw)
 
     def flush(self) -> None:
-        """Return once every line of `metrics.jsonl` is safe, on the remote too; the rest follows in the background."""
+        """Return once every line is safe, on the remote too; the rest follows in the background."""
         self._metrics.flush()
         self._samples.flush()
-        self._workdir.sync(METRICS, SAMPLES)
+        self._units.flush()
+        self._workdir.sync(METRICS, SAMPLES, TELEMETRY)
         if self._primary:
             self._background.put("TensorBoard", self._board.flush)
             self._background.put("upload", self._workdir.sync)
@@ -159,11 +172,16 @@ class Reporter:
             self._console.close()
         self._metrics.close()
         self._samples.close()
+        self._units.close()
         self._workdir.sync()
 
     def _record(self, step: int, split: str, values: Values) -> None:
         self._metrics.add(step, split, values)
         self._undrawn = True
+        self._show(step, split, values)
+
+    def _show(self, step: int, split: str, values: Values) -> None:
+        """Pass a line on to TensorBoard and W&B."""
         if self._primary:
             now, values = time.time(), dict(values)
             self._background.put("TensorBoard", lambda: self._board.scalars(step, now, split, values))

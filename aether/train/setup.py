@@ -32,6 +32,7 @@ from aether.train.guard import Guard
 from aether.train.report import METRICS, Metrics, check_wandb, finished
 from aether.train.spikes import LeftOut
 from aether.train.step import STOP, TrainState, init_state, make_step
+from aether.train.units import Units
 from aether.workdir import Workdir
 
 PACKAGES = ("aether", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -48,7 +49,7 @@ class Phases:
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] = seconds
-        say(f"{name:>8} {seconds:6.2f} s")
+        say(f"{name:>9} {seconds:6.2f} s")
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -75,6 +76,7 @@ class Run:
       start: the updates made already.
       left_out: which batches are.
       step: the compiled (state, batch) -> (state, metrics).
+      units: tells of the ⵟ units; None if `train.telemetry_every` is 0.
       score: see `aether.evaluate.metrics.scorer_of`.
       decoder: writes samples of a language model; None for other tasks.
       guard: watches this process.
@@ -90,6 +92,7 @@ class Run:
     start: int
     left_out: LeftOut
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    units: Units | None
     score: Callable[..., Scores]
     decoder: Decoder | None
     guard: Guard
@@ -126,6 +129,10 @@ def start(config: Config, path: str, started: float) -> Run | None:
     try:
         with phases("compile"):
             step = compile_step(config, graph, loss, like, mesh)
+        units = None
+        if config.train.telemetry_every:
+            with phases("telemetry"):
+                units = Units(config, graph, loss, like, batch_shapes(config, mesh), mesh)
         if latest is not None:
             with phases("restore"):
                 state, _, first = checkpoints.restore(like)
@@ -151,6 +158,7 @@ def start(config: Config, path: str, started: float) -> Run | None:
         start=first,
         left_out=left_out,
         step=step,
+        units=units,
         score=scorer_of(config, corpus.tokenizer, graph, mesh),
         decoder=_decoder(config, corpus, graph, mesh),
         guard=guard,
