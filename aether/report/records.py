@@ -9,7 +9,8 @@ from aether.config import Config, build, knobs
 from aether.report.section import Item, Passage, Picture, Section, Table
 from aether.train import ledger
 from aether.train.curves import CURVES, short
-from aether.train.metrics import METRICS, SAMPLES, read
+from aether.train.metrics import METRICS, SAMPLES, TELEMETRY, read
+from aether.train.panels import draw_telemetry
 from aether.workdir import Workdir
 
 LAST = 5  # samples that are shown
@@ -63,6 +64,10 @@ def sections(folder: Workdir) -> Iterator[Section]:
     if samples:
         texts = [Passage(((samples[step], 0.0),), f"After step {step:,}") for step in sorted(samples)[-LAST:]]
         yield Section("samples", "Samples", items=tuple(reversed(texts)))
+    telemetry = read(folder.local / TELEMETRY)
+    if telemetry:
+        picture = Picture("telemetry.png", draw_telemetry(telemetry), "What each ⵟ layer did, by depth.")
+        yield Section("telemetry", "Units in training", items=(picture,))
     path = folder.local / ledger.GOODPUT
     if path.exists():
         yield _time(path)

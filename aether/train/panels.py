@@ -1,10 +1,8 @@
 """A picture of `telemetry.jsonl`: a panel a number, a line a layer."""
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from aether.errors import InputError
@@ -31,17 +29,17 @@ Records = Iterable[Mapping[str, Any]]
 Series = dict[str, tuple[list[int], list[float]]]
 
 
-def draw_telemetry(source: str | Path | Records, title: str = "") -> bytes:
+def draw_telemetry(records: Records, title: str = "") -> bytes:
     """Return a PNG (1800 wide) of a run's telemetry, layers coloured by depth, attention apart from the others.
 
     Args:
-      source: the path of a `telemetry.jsonl`, or its lines as dicts.
+      records: the lines of `telemetry.jsonl`, as `aether.train.metrics.read` returns them.
       title: above all panels.
 
     Raises:
       InputError: there are no lines.
     """
-    panels, layers = _series(_records(source))
+    panels, layers = _series(records)
     if not layers:
         raise InputError("There is no telemetry to draw; train with train.telemetry_every above 0.")
     names = [name for name in PANELS if name in panels]
@@ -61,13 +59,6 @@ def draw_telemetry(source: str | Path | Records, title: str = "") -> bytes:
         figure.suptitle(title, fontsize=15, fontweight="bold", color=INK, x=0.01, ha="left")
     _legend(figure, layers, colors)
     return png(figure)
-
-
-def _records(source: str | Path | Records) -> Records:
-    if isinstance(source, str | Path):
-        lines = Path(source).read_bytes().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be torn
-    return source
 
 
 def _series(records: Records) -> tuple[dict[str, Series], list[str]]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from aether.errors import InputError
 from aether.explain.layers import layers_of, seen
-from aether.explain.prototypes import silent_units
+from aether.explain.survey import silent_units
 from aether.explain.telemetry import QUERIES, telemetry, told
 from aether.nn import YatAttention, YatConv2D, YatLinearAttention, YatNMN
 from aether.testing import drawn_state, equations, inputs_of, network_config

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from aether.errors import InputError
+from aether.train.metrics import read
 from aether.train.panels import ATTENTION, PANELS, UNITS, draw_telemetry
 
 
@@ -50,7 +51,7 @@ def test_layers_are_coloured_by_kind_and_depth(rng):
 def test_a_file_is_read_but_for_a_torn_line(rng, tmp_path):
     path, found = tmp_path / "telemetry.jsonl", lines(rng, 1, steps=(7,))
     path.write_text("".join(json.dumps(line) + "\n" for line in found) + '{"step": 8, "spl')
-    assert draw_telemetry(path) == draw_telemetry(found)
+    assert draw_telemetry(read(path)) == draw_telemetry(found)
 
 
 def test_many_layers_fit_and_none_are_refused(rng):
