@@ -17,9 +17,9 @@ from aether.nn import YatMLP
 from aether.report.section import Content, Table
 from aether.report.subject import Subject
 
-SHARES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)
-SCORED = 4096  # tokens or images at most
-INPUTS, ROWS = 8, 512  # inputs whose rows each layer's error is measured on, and how many of these
+SHARES = (1.0, 0.5, 0.1, 0.01)
+SCORED = 1024  # tokens, in a network of 124m
+INPUTS, ROWS = 4, 64  # inputs whose rows each layer's error is measured on, and how many of these
 
 
 def lazy(subject: Subject) -> Content:
@@ -57,8 +57,7 @@ def _batches(subject: Subject) -> list[Batch]:
     """Return as many inputs as were asked for and `SCORED` allows, texts cut to their length."""
     (_, examples), c, size = subject.examples, subject.run.config.data, rows_of(subject.run)
     length = min(subject.asked.length, c.context)
-    most = SCORED if subject.images else SCORED // length
-    wanted = min(subject.asked.inputs, most, len(examples))
+    wanted = min(subject.few(SCORED), len(examples))
     batches = evaluation_batches(examples, replace(c, batch_size=size), math.ceil(wanted / size))
     if subject.images:
         return list(batches)

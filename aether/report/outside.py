@@ -7,17 +7,17 @@ from aether.report.draw import draw_outside
 from aether.report.section import Content, Picture, Table
 from aether.report.subject import Subject
 
-IMAGES = 1500  # of the data, at least
+IMAGES, TOKENS = 1500, 4096  # of the data: images at least, tokens in a network of 124m
 KEPT = 0.95
 
 
 def outside(subject: Subject) -> Content:
     """Tell what each score is worth at telling the run's kind of data from others, and what abstaining brings."""
-    run, count = subject.run, subject.asked.inputs
+    run, count = subject.run, subject.few(TOKENS)
     if subject.images:
         inside, labels = chosen(run, subject.examples[1], max(IMAGES, count))
     else:
-        inside, labels = subject.x, None
+        inside, labels = subject.x[:count], None
     sets = made(inside) | {
         name: foreign(run, path, count, "--outside")[:, : inside.shape[1]]
         for name, path in subject.asked.outside.items()

@@ -20,6 +20,7 @@ NEAREST = 6  # inputs shown of a unit
 UNITS = 6  # shown of a layer, unless some are asked for
 LAYERS = 4
 CONTEXT = 24  # tokens
+TOKENS = 8192  # that are searched, in a network of 124m
 SAME = 1e-3  # distance of equal prototypes, relative to their length
 
 
@@ -36,12 +37,13 @@ def first(subject: Subject) -> Content:
 
 def prototypes(subject: Subject) -> Content:
     """Tell of every layer with prototypes which units there are, and of some units what comes nearest to them."""
-    found = survey(subject.model, subject.batches(subject.x), NEAREST, names=subject.asked.layers, length=CONTEXT)
+    x = subject.x[: subject.few(TOKENS)]
+    found = survey(subject.model, subject.batches(x), NEAREST, names=subject.asked.layers, length=CONTEXT)
     layers = layers_of(subject.model)
     rows = [_row(name, layers[name], one) for name, one in found.items()]
     text = (
         "A unit's weights are a point in the space of its inputs. It responds most to inputs near that point and along "
-        f"it. Distances are as the layer compares, over {len(subject.x)} inputs.",
+        f"it. Distances are as the layer compares, over {len(x)} inputs.",
     )
     items: list[Item] = [Table.of(rows, "Layers with prototypes")]
     for name in subject.asked.layers or _some(list(found)):

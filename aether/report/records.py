@@ -15,7 +15,14 @@ from aether.workdir import Workdir
 
 LAST = 5  # samples that are shown
 COLUMNS = ("loss", "perplexity", "bits_per_byte", "accuracy", "top5", "calibration_error")
-PHASES = {"start-up": "imports", "data": "data", "init": "first state", "compile": "compile", "restore": "restore"}
+PHASES = {
+    "start-up": "imports",
+    "data": "data",
+    "init": "first state",
+    "compile": "compile",
+    "telemetry": "telemetry",
+    "restore": "restore",
+}
 
 
 def facts(folder: Workdir) -> dict[str, str]:

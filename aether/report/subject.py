@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -22,6 +23,7 @@ from aether.models import describe_model
 
 ROWS = 32  # inputs of a forward pass
 PAUSE = 5.0  # seconds between lines of progress
+USUAL = 1.6e8  # parameters of AetherGPT 124m, with its untied head
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ class Subject:
     def examples(self) -> tuple[str, Examples]:
         """The name and the examples of the data."""
         return validation_examples(self.run, self.asked.data)
+
+    def few(self, tokens: int) -> int:
+        """Return how many inputs make so many tokens in a network of 124m: more in a smaller one, 8 at least.
+
+        That is the same work in every network, but for images, which are all taken.
+        """
+        if self.images:
+            return self.asked.inputs
+        size = sum(p.size for p in jax.tree.leaves(self.run.params))
+        return min(self.asked.inputs, max(8, int(tokens * USUAL / size) // self.asked.length))
 
     @cached_property
     def x(self) -> np.ndarray:

@@ -25,7 +25,7 @@ DOWN, LOST = "down", "steps lost"
 ROWS = {  # of the report -> the phases in it
     "start-up": ("start-up", "init"),
     "data preparation": ("data",),
-    "compile": ("compile",),
+    "compile": ("compile", "telemetry"),
     "restore": ("restore",),
     "data wait": (WAIT,),
     "checkpoint": ("checkpoint",),
