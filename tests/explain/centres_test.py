@@ -33,6 +33,15 @@ def test_centres_are_points_of_the_layers_length(network, name):
     np.testing.assert_allclose(np.linalg.norm(made, axis=-1), np.median(np.linalg.norm(kernel, axis=0)), rtol=1e-5)
 
 
+def test_noise_moves_centres_by_a_share_of_the_data():
+    model, x = nnx.merge(*drawn_state(network_config("aether"))), inputs_of(network_config("aether"), 4)
+    name = "blocks.1.mlp.hidden"
+    exact, near, far = (drawn(model, [x], {name: 8}, noise=noise)[name] for noise in (0.0, 0.05, 1.0))
+    alike = [np.sum(directions(exact) * directions(other), -1) for other in (near, far)]
+    assert 0.98 < alike[0].min() < 1 - 1e-5 and alike[1].mean() < 0.9
+    np.testing.assert_allclose(np.linalg.norm(far, axis=-1), np.linalg.norm(exact, axis=-1), rtol=1e-5)
+
+
 def test_too_few_points_or_no_such_layer_is_said():
     model, x = nnx.merge(*drawn_state(network_config("aether"))), inputs_of(network_config("aether"), 1)
     with pytest.raises(InputError, match="blocks.0.mlp.hidden has 12 inputs and 13 centres are to be drawn"):
