@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +35,9 @@ class Workdir:
       primary: whether this process writes; others only read (and mirror apart from the writer).
     """
 
-    def __init__(self, path: str, *, primary: bool = True) -> None:
+    def __init__(self, path: str, *, primary: bool = True, flag: str = "workdir") -> None:
         if not path:
-            raise InputError("--workdir is empty; give a folder, or a gs:// or s3:// address.")
+            raise InputError(f"--{flag} is empty; give a folder, or a gs:// or s3:// address.")
         self.primary = primary
         path = path.removeprefix("file://")
         self.remote = "://" in path
@@ -49,7 +50,7 @@ class Workdir:
         else:
             self.local = Path(os.path.abspath(os.path.expanduser(path)))
             self.path = str(self.local)
-            _check_folder(self.local)
+            _check_folder(self.local, flag)
 
     @property
     def checkpoints(self) -> str:
@@ -95,6 +96,17 @@ class Workdir:
         else:
             write_atomic(self.local / name, content)
         return f"{self.path}/{name}"
+
+    def check_writable(self) -> None:
+        """Refuse a local folder that cannot be written: before the work rather than after it.
+
+        Raises:
+          StorageError: it cannot.
+        """
+        if not self.remote:
+            with storage_errors(self.local):
+                self.local.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.local).close()
 
     def sync(self, *names: str) -> None:
         """Upload these files, or all, where they changed since the last time; nothing to do for a local folder."""
@@ -167,12 +179,12 @@ def _mirror(path: str, primary: bool) -> Path:
     return cache.absolute() / "workdirs" / (slug if primary else slug + "-reader")
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, flag: str) -> None:
     """Refuse a path that is a file, or leads through one."""
     for part in (path, *path.parents):
         if part.exists():
             if not part.is_dir():
-                raise InputError(f"--workdir is {path}, but {part} is a file; give a folder.")
+                raise InputError(f"--{flag} is {path}, but {part} is a file; give a folder.")
             return
 
 

@@ -102,6 +102,14 @@ def require(values: flags.FlagValues, name: str, example: str) -> str:
     return value
 
 
+def named(text: str, flag: str) -> tuple[str, str]:
+    """Split NAME:PATH, or raise an `InputError`."""
+    name, _, path = text.partition(":")
+    if not (name and path):
+        raise InputError(f"--{flag} is {text!r}; give NAME:PATH, such as french:texts/french.txt.")
+    return name, path
+
+
 def config_of(values: flags.FlagValues) -> Config:
     """Return the checked config that `--config` and its overrides describe."""
     return overrides.make_config(require(values, "config", "configs/quickstart.py"), values.override)

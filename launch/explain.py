@@ -20,7 +20,6 @@ import sys
 
 from absl import flags
 
-from aether.errors import InputError
 from launch import cli
 
 FLAGS = cli.new_flags()
@@ -55,19 +54,11 @@ def main(args: flags.FlagValues) -> None:
         texts=tuple(args.text),
         layers=tuple(args.layer),
         units=tuple(args.unit),
-        outside=dict(map(_named, args.outside)),
+        outside=dict(cli.named(text, "outside") for text in args.outside),
         baseline=args.baseline,
     )
     how = dict(step=args.step, average=args.average, asked=asked, log=say)
     print(json.dumps(explain_run(workdir, args.what, args.out or None, **how), ensure_ascii=False), flush=True)
-
-
-def _named(text: str) -> tuple[str, str]:
-    """Read NAME:PATH."""
-    name, _, path = text.partition(":")
-    if not (name and path):
-        raise InputError(f"--outside is {text!r}; give NAME:PATH, such as french:texts/french.txt.")
-    return name, path
 
 
 if __name__ == "__main__":

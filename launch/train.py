@@ -34,8 +34,8 @@ def main(args: flags.FlagValues) -> None:
     from aether.train.loop import train
 
     report = at_the_end(config, workdir)
-    train(config, workdir, started=STARTED)
-    report()
+    if train(config, workdir, started=STARTED):
+        report()
 
 
 if __name__ == "__main__":

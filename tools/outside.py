@@ -16,7 +16,6 @@ from typing import Any
 
 from absl import flags
 
-from aether.errors import InputError
 from aether.storage import write_atomic
 from launch import cli
 from tools.study_tables import markdown, mean_error
@@ -27,7 +26,7 @@ SEVERAL = "all sets"
 def main(values: flags.FlagValues) -> None:
     """Score every run, write --out, and print the tables."""
     cli.require(values, "runs", "runs/digits")
-    others = [named(text) for text in values.outside]
+    others = [cli.named(text, "outside") for text in values.outside]
     records = []
     for group in ("runs", "baselines"):
         for path in filter(None, getattr(values, group).split(",")):
@@ -37,14 +36,6 @@ def main(values: flags.FlagValues) -> None:
                 lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in records)
                 write_atomic(Path(values.out), "".join(lines).encode())
     print(report(records, values.kept, values.layers))
-
-
-def named(text: str) -> tuple[str, str]:
-    """Split NAME:PATH."""
-    name, colon, path = text.partition(":")
-    if not (name and colon and path):
-        raise InputError(f"--outside is {text!r}; give NAME:PATH, such as digits:data/digits.npz.")
-    return name, path
 
 
 def record(path: str, others: Sequence[tuple[str, str]], values: flags.FlagValues) -> dict[str, Any]:
@@ -58,8 +49,8 @@ def record(path: str, others: Sequence[tuple[str, str]], values: flags.FlagValue
     from aether.explain.outside_sets import made
 
     run = load_run(path)
-    inside, labels = chosen(run, validation_examples(run)[1], values.rows)
-    usual, _ = chosen(run, own_corpus(run).train[0].examples, values.usual)
+    inside, labels = chosen(run, validation_examples(run)[1], values.rows, "the validation data")
+    usual, _ = chosen(run, own_corpus(run).train[0].examples, values.usual, "the training data")
     sets = made(inside) | {name: foreign(run, place, values.rows, "--outside") for name, place in others}
     ready = {name: as_taken(run, x) for name, x in sets.items()}
     model = nnx.merge(run.graph, run.params)

@@ -211,4 +211,6 @@ def finite(value: Any) -> Any:
     """Return a JSON value with null in place of numbers that are not finite, which strict JSON does not know."""
     if isinstance(value, Mapping):
         return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -57,7 +57,7 @@ class TrainConfig(Section, prefix="train"):
     profile_steps: str = knob("", "a:b writes a profiler trace of steps a+1 to b", free=True)
     explain: str = knob(
         "",
-        "parts of launch.explain that report.html has at the end, as in first_layer,prototypes (empty: none)",
+        "parts of launch.explain that report.html has at the end of a run of one process, as in capacity,prototypes",
         free=True,
     )
     telemetry_every: int = knob(

@@ -47,7 +47,9 @@ class Run:
     average: str = "none"
 
 
-def load_run(workdir: str, step: int | None = None, *, mesh: Mesh | None = None, average: str = "auto") -> Run:
+def load_run(
+    workdir: str, step: int | None = None, *, mesh: Mesh | None = None, average: str = "auto", flag: str = "workdir"
+) -> Run:
     """Load a run for use, the last checkpoint by default; nothing in the folder is changed.
 
     Args:
@@ -57,6 +59,7 @@ def load_run(workdir: str, step: int | None = None, *, mesh: Mesh | None = None,
         along data.
       average: the parameters as trained (none), their moving average (ema), the mean over the last K checkpoints up
         to `step` (last:K), or (auto) the moving average where the run keeps one (`train.ema`).
+      flag: what a person gave the folder by, for messages.
 
     Raises:
       InputError: there is no such run or checkpoint, it is not one that this version can build, or there is no such
@@ -64,11 +67,9 @@ def load_run(workdir: str, step: int | None = None, *, mesh: Mesh | None = None,
       StorageError: the checkpoint cannot be read.
     """
     count = _last(average)
-    folder = Workdir(workdir, primary=False)
+    folder = Workdir(workdir, primary=False, flag=flag)
     if not folder.exists():
-        raise InputError(
-            f"--workdir is {workdir}, but there is no run (it has no config.json); give the folder of one."
-        )
+        raise InputError(f"--{flag} is {workdir}, but there is no run (it has no config.json); give the folder of one.")
     config = _config(folder)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if not checkpoints.steps():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +17,6 @@ from aether.evaluate.images import Mistakes, image_sums, summarise_images
 from aether.evaluate.load import Run, load_run
 from aether.evaluate.metrics import scorer_of, summer
 from aether.evaluate.pictures import draw_confusion, draw_mistakes
-from aether.storage import storage_errors
 from aether.workdir import Workdir
 
 
@@ -53,7 +51,7 @@ def evaluate_run(
     if pictures and run.labels is None:
         raise InputError(f"--pictures is {pictures!r}, but {run.config.model.kind} reads text; leave it out.")
     name, examples = validation_examples(run, data)
-    config = dataclasses.replace(run.config.data, batch_size=rows_of(run))
+    config = dataclasses.replace(run.config.data, batch_size=rows_of(run, run.config.data.batch_size))
     total = -(-len(examples) // config.batch_size)
     shown = tqdm(
         evaluation_batches(examples, config, batches),
@@ -74,7 +72,7 @@ def _classify(run: Run, name: str, batches: Iterable[dict[str, Any]], folder: st
     assert run.labels is not None
     home = Workdir(folder or run.workdir, primary=False)
     if folder:
-        _check_writable(home)
+        home.check_writable()
     mistakes = Mistakes()
     sums = summer(run.graph, image_sums(run.config, rows=True), run.mesh, mistakes)(run.params, batches)
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
@@ -92,23 +90,15 @@ def _classify(run: Run, name: str, batches: Iterable[dict[str, Any]], folder: st
     return summarise_images(sums) | {"pictures": left}
 
 
-def _check_writable(home: Workdir) -> None:
-    """Refuse a local folder that cannot be written, before the scoring rather than after it."""
-    if not home.remote:
-        with storage_errors(home.local):
-            home.local.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=home.local).close()
-
-
 def validation_examples(run: Run, data: str | None = None) -> tuple[str, Examples]:
     """Return the name and the examples of the data that `evaluate_run` would score."""
     c = run.config.data
     named = c.validation or ({} if c.mixture or not c.validation_fraction else {"validation": ""})
     if data and data not in named:
-        return data, _other(run, data, key="--data")
+        return data, other_examples(run, data, key="--data")
     if c.validation:
         name = data or next(iter(c.validation))
-        return name, _other(run, c.validation[name], key=f"data.validation.{name}")
+        return name, other_examples(run, c.validation[name], key=f"data.validation.{name}")
     corpus = own_corpus(run)
     if not corpus.validation:
         raise InputError(f"The run in {run.workdir} has no validation data; give some by --data.")
@@ -116,7 +106,7 @@ def validation_examples(run: Run, data: str | None = None) -> tuple[str, Example
     return name, corpus.validation[name]
 
 
-def _other(run: Run, path: str, key: str) -> Examples:
+def other_examples(run: Run, path: str, key: str) -> Examples:
     """Open data that are not the run's own; `key` is what a person set to the path."""
     if run.labels is not None:
         return load_images(path, run.config.data, run.config.image, run.labels, key=key)
@@ -141,7 +131,7 @@ def own_corpus(run: Run) -> Corpus:
     return corpus
 
 
-def rows_of(run: Run) -> int:
-    """Return a batch size near the run's that the devices here divide."""
+def rows_of(run: Run, size: int) -> int:
+    """Return a batch size near this one that the devices here divide."""
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    return -(-run.config.data.batch_size // ways) * ways
+    return -(-size // ways) * ways

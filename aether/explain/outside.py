@@ -152,9 +152,10 @@ def tell(
     """
     inside = np.asarray(inside)
     parts = 2 if usual is not None else 3
-    if len(inside) < parts or (labels is not None and len(labels) != len(inside)):
-        count = "no" if labels is None else len(labels)
-        raise InputError(f"There are {len(inside)} inputs inside and {count} labels; give a label each, or none.")
+    if len(inside) < parts:
+        raise InputError(f"There are {len(inside)} inputs inside; give {parts} at least, better hundreds.")
+    if labels is not None and len(labels) != len(inside):
+        raise InputError(f"There are {len(inside)} inputs inside and {len(labels)} labels; give a label each, or none.")
     for name, x in outsides.items():
         if x.shape[1:] != inside.shape[1:]:
             raise InputError(

@@ -57,13 +57,12 @@ def _passage(subject: Subject, text: Text, found: Attribution) -> Passage:
     for sources in found.sources.values():
         shares += sources.sum(0)[: len(shares)]
     hidden = subject.run.config.model.task == "mlm"
-    pieces = [subject.token(token) for token in text.ids]
-    what = subject.token(text.target)
+    what = subject.words([text.target])
     where = f"what is hidden at {text.position}" if hidden else "what comes next"
     units = ", ".join(f"{layer} unit {unit} {share:+.2f}" for layer, unit, share in found.top_units(5))
     layers = sorted(found.layers.items(), key=lambda item: -abs(item[1]))[:5]
     return Passage(
-        tuple(zip(pieces, shares.tolist(), strict=True)),
+        tuple(subject.pieces(text.ids, shares.tolist())),
         f"The tokens that attention read for the logit {found.logit:.2f} of “{what}”, {where}",
         (
             f"units: {units or 'none'}",

@@ -6,6 +6,8 @@ import numpy as np
 from flax import nnx
 
 from aether.checkpoint import Checkpoints
+from aether.errors import AetherError
+from aether.evaluate.inputs import spread
 from aether.evaluate.load import load_run
 from aether.explain.capacity import capacities, squared_norms
 from aether.explain.layers import layers_of
@@ -16,6 +18,7 @@ from aether.report.subject import Subject
 from aether.workdir import Workdir
 
 LIMIT = 512  # centres of a spectrum
+CHECKPOINTS = 20  # that are looked at
 SAMPLES = 8  # inputs whose places are the samples of the bound
 
 
@@ -44,14 +47,21 @@ def capacity(subject: Subject) -> Content:
 def _over_training(subject: Subject) -> Iterator[Item]:
     """Show the mean squared norm of each layer at every checkpoint that is there, if there are several."""
     run = subject.run
-    steps = Checkpoints(Workdir(run.workdir, primary=False).checkpoints, run.config.checkpoint).steps()
-    if len(steps) < 2:
+    there = sorted(Checkpoints(Workdir(run.workdir, primary=False).checkpoints, run.config.checkpoint).steps())
+    rows = []
+    for k in subject.progress(spread(len(there), CHECKPOINTS), "checkpoints"):
+        try:
+            other = load_run(run.workdir, there[k], average="none")
+        except AetherError as e:  # damaged, or gone meanwhile
+            subject.say(f"  step {there[k]} is left out: {e}")
+            continue
+        layers = layers_of(nnx.merge(other.graph, other.params)).items()
+        norms = {n: float(np.mean(squared_norms(one))) for n, one in layers if isinstance(one, YatNMN | YatConv)}
+        rows.append({"step": there[k]} | norms)
+    if len(rows) < 2:
         return
-    lines: dict[str, list[float]] = {}
-    for step in subject.progress(sorted(steps), "checkpoints"):
-        other = load_run(run.workdir, step, average="none")
-        for name, layer in layers_of(nnx.merge(other.graph, other.params)).items():
-            if isinstance(layer, YatNMN | YatConv):
-                lines.setdefault(name, []).append(float(np.mean(squared_norms(layer))))
-    png = draw_over_training(sorted(steps), lines, "mean squared norm")
-    yield Picture("capacity_training.png", png, "The mean squared norm of each layer's units at the checkpoints kept.")
+    caption = "The mean squared norm of each layer's units at the checkpoints kept"
+    yield Table.of(rows, caption)
+    lines = {name: [float(row[name]) for row in rows] for name in rows[0] if name != "step"}
+    png = draw_over_training([int(row["step"]) for row in rows], lines, "mean squared norm")
+    yield Picture("capacity_training.png", png, f"{caption}.")

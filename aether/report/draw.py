@@ -11,6 +11,7 @@ from aether.figures import INK, MUTED, new_figure, png
 
 FOR, AGAINST, GRID = "#2f6fde", "#e4572e", "#e4e7eb"
 PICTURES = 64  # of a first layer
+NAMED = 14  # layers in a legend
 
 
 def draw_layer_shares(layers: Mapping[str, np.ndarray]) -> bytes:
@@ -66,20 +67,20 @@ def place_shares(found: Attribution, side: int) -> np.ndarray:
             a = flat[len(flat) - n * n :].reshape(n, n)
         h, w = a.shape
         rows, columns = np.arange(side) * h // side, np.arange(side) * w // side
-        spread = a[rows][:, columns]
-        total += spread * (a.sum() / spread.sum() if spread.sum() else 0.0)
+        pixels = np.outer(np.bincount(rows, minlength=h), np.bincount(columns, minlength=w))  # of each place
+        total += (a / np.maximum(pixels, 1))[rows][:, columns]
     return total
 
 
-def draw_kernels(pictures: Mapping[str, np.ndarray]) -> bytes:
+def draw_kernels(pictures: Sequence[tuple[str, np.ndarray]]) -> bytes:
     """Return first layers side by side, each (units, h, w, c) in 0..1 under its name."""
-    shown = {name: images[:PICTURES] for name, images in pictures.items()}
-    columns = math.ceil(math.sqrt(max(map(len, shown.values()))))
-    figure = new_figure(4.6 * len(shown), 4.9)
+    columns = math.ceil(math.sqrt(max(min(len(images), PICTURES) for _, images in pictures)))
+    figure = new_figure(4.6 * len(pictures), 4.9)
     figure.get_layout_engine().set(wspace=0.08)
-    for axis, (name, images) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-        axis.imshow(_tiled(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(f"{name}: {len(images)} of {len(pictures[name])}", color=INK, fontsize=11, parse_math=False)
+    for axis, (name, images) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+        shown = images[:PICTURES]
+        axis.imshow(_tiled(shown, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"{name}: {len(shown)} of {len(images)}", color=INK, fontsize=11, parse_math=False)
         axis.axis("off")
     return png(figure)
 
@@ -98,7 +99,7 @@ def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def draw_nearest(
-    pictures: np.ndarray, rows: np.ndarray, centres: np.ndarray, size: float, labels: Sequence[str]
+    pictures: np.ndarray, rows: np.ndarray, centres: np.ndarray, sizes: np.ndarray, labels: Sequence[str]
 ) -> bytes:
     """Return a row a unit: the images that come nearest to it, with the place marked.
 
@@ -106,7 +107,7 @@ def draw_nearest(
       pictures: all images, uint8 (n, s, s, c).
       rows: (units, m), which images.
       centres: (units, m, 2), row and column of the place in pixels.
-      size: side of the mark in pixels.
+      sizes: (units, m), side of the mark in pixels.
       labels: of the units.
     """
     from matplotlib.patches import Rectangle
@@ -114,7 +115,7 @@ def draw_nearest(
     units, m = rows.shape
     figure = new_figure(1.15 * m + 1.2, 1.2 * units + 0.2, dpi=110)
     for k, axes in enumerate(figure.subplots(units, m, squeeze=False)):
-        for axis, row, (i, j) in zip(axes, rows[k], centres[k], strict=True):
+        for axis, row, (i, j), size in zip(axes, rows[k], centres[k], sizes[k], strict=True):
             _picture(axis, pictures[row])
             corner = (j - size / 2, i - size / 2)
             axis.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=AGAINST, linewidth=1.4))
@@ -138,7 +139,7 @@ def draw_spectra(spectra: Mapping[str, np.ndarray]) -> bytes:
     axis.set_ylabel("share of their sum", color=INK)
     axis.grid(color=GRID, linewidth=0.8)
     _plain(axis)
-    axis.legend(fontsize=8, frameon=False, ncols=math.ceil(len(spectra) / 16), loc="upper left", bbox_to_anchor=(1, 1))
+    _name_some(axis)
     return png(figure)
 
 
@@ -156,8 +157,16 @@ def draw_over_training(steps: Sequence[int], values: Mapping[str, Sequence[float
     axis.set_ylabel(label, color=INK)
     axis.grid(color=GRID, linewidth=0.8)
     _plain(axis)
-    axis.legend(fontsize=8, frameon=False, ncols=math.ceil(len(values) / 16), loc="upper left", bbox_to_anchor=(1, 1))
+    _name_some(axis)
     return png(figure)
+
+
+def _name_some(axis: Any) -> None:
+    """Name the lines of layers, of many the first, some between and the last."""
+    handles, labels = axis.get_legend_handles_labels()
+    shown = np.unique(np.linspace(0, len(labels) - 1, min(NAMED, len(labels))).round().astype(int))
+    names = dict(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.legend([handles[i] for i in shown], [labels[i] for i in shown], **names)
 
 
 def _picture(axis: Any, image: np.ndarray, alpha: float = 1.0) -> None:

@@ -39,7 +39,7 @@ def lazy(subject: Subject) -> Content:
             x = jnp.asarray(given[f"{name}.mlp.hidden"].x)
             flat = x.reshape(-1, x.shape[-1])[:ROWS]
             units = block.mlp.hidden.kernel_shape[1]
-            for row in errors(block.mlp, flat, [max(1, round(share * units)) for share in SHARES[1:]]):
+            for row in errors(block.mlp, flat, [math.ceil(share * units) for share in SHARES[1:]]):
                 table.append({"layer": name} | row)
     text = (
         "A response falls with the distance, so that near prototypes make most of a layer. Here only the k nearest of "
@@ -55,10 +55,10 @@ def lazy(subject: Subject) -> Content:
 
 def _batches(subject: Subject) -> list[Batch]:
     """Return as many inputs as were asked for and `SCORED` allows, texts cut to their length."""
-    (_, examples), c, size = subject.examples, subject.run.config.data, rows_of(subject.run)
-    length = min(subject.asked.length, c.context)
+    (_, examples), c = subject.examples, subject.run.config.data
     wanted = min(subject.few(SCORED), len(examples))
+    size = rows_of(subject.run, min(wanted, c.batch_size))
     batches = evaluation_batches(examples, replace(c, batch_size=size), math.ceil(wanted / size))
     if subject.images:
         return list(batches)
-    return [{key: a[:, : length + a.shape[1] - c.context] for key, a in batch.items()} for batch in batches]
+    return [{key: a[:, : subject.length + a.shape[1] - c.context] for key, a in batch.items()} for batch in batches]

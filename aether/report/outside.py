@@ -7,7 +7,8 @@ from aether.report.draw import draw_outside
 from aether.report.section import Content, Picture, Table
 from aether.report.subject import Subject
 
-IMAGES, TOKENS = 1500, 4096  # of the data: images at least, tokens in a network of 124m
+IMAGES, PIXELS = 1500, 1500 * 32**2  # of the data: so many images, but not more pixels; 100 images, or more if asked
+TOKENS = 4096  # of texts, in a network of 124m
 KEPT = 0.95
 
 
@@ -15,24 +16,21 @@ def outside(subject: Subject) -> Content:
     """Tell what each score is worth at telling the run's kind of data from others, and what abstaining brings."""
     run, count = subject.run, subject.few(TOKENS)
     if subject.images:
-        inside, labels = chosen(run, subject.examples[1], max(IMAGES, count))
+        most = max(count, 100, min(IMAGES, PIXELS // run.config.image.size**2))
+        inside, labels = chosen(run, subject.examples[1], most, "the data")
     else:
-        inside, labels = subject.x[:count], None
+        inside, labels = subject.some(count), None
     sets = made(inside) | {
-        name: foreign(run, path, count, "--outside")[:, : inside.shape[1]]
+        name: foreign(run, path, len(inside), "--outside", subject.length)
         for name, path in subject.asked.outside.items()
     }
     ready = {name: as_taken(run, x) for name, x in sets.items()}
     told = tell(subject.model, as_taken(run, inside), ready, labels, kept=KEPT)
-    text = [
+    text = (
         f"{len(inside)} inputs of the data against {len(sets)} sets that are none. A third of the inside teaches what "
-        "is usual, a third chooses the thresholds, the rest is tested. AUROC is the chance that something outside is "
-        f"told from something inside, ½ by guessing. The score to take here is {told.best}.",
-    ]
-    if told.accuracy is not None:
-        text.append(
-            f"Of the guesses inside {told.accuracy:.2%} are right; calibration error {told.calibration_error:.4f}."
-        )
+        f"is usual, a third chooses the thresholds, {len(told.scores[told.best])} are tested. AUROC is the chance that "
+        f"something outside is told from something inside, ½ by guessing. The score to take here is {told.best}.",
+    )
     scores = [name for name in told.scores if ":" not in name]
     items = (
         Table.of(({"score": name} | {s: told.auroc[s][name] for s in sets} for name in scores), "AUROC"),
@@ -40,6 +38,7 @@ def outside(subject: Subject) -> Content:
             (_abstained(told, name) for name in scores),
             f"Share refused by a threshold that keeps {KEPT:.0%} of other inputs inside, and accuracy of what is kept",
         ),
+        Table.of([{"accuracy": told.accuracy, "calibration error": told.calibration_error}], "Of the guesses inside"),
         Picture(
             "outside.png",
             draw_outside(
@@ -48,7 +47,7 @@ def outside(subject: Subject) -> Content:
             f"{told.best} of the inputs inside and of each set; the line is the threshold.",
         ),
     )
-    return tuple(text), items
+    return text, items
 
 
 def _abstained(told: Told, name: str) -> dict[str, float | str | None]:

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from aether.evaluate.load import load_run
+from aether.evaluate.load import Run, load_run
+from aether.explain.duplicates import close_pairs
 from aether.explain.layers import layer_of, layers_of
-from aether.explain.prototypes import KINDS, duplicates, first_layer
+from aether.explain.points import centres_of
+from aether.explain.prototypes import KINDS, first_layer
 from aether.explain.survey import Found, Surveyed, survey
 from aether.nn import YatConv
 from aether.report.draw import draw_kernels, draw_nearest
@@ -26,18 +29,21 @@ SAME = 1e-3  # distance of equal prototypes, relative to their length
 
 def first(subject: Subject) -> Content:
     """Show the first layer of a network that reads images, of another run beside it if one is asked for."""
-    c = subject.run.config.model
-    pictures = {c.kind: first_layer(subject.model)}
+    pictures = [(_name(subject.run), first_layer(subject.model))]
     if subject.asked.baseline:
-        other = load_run(subject.asked.baseline)
-        pictures[other.config.model.kind] = first_layer(nnx.merge(other.graph, other.params))
+        other = load_run(subject.asked.baseline, flag="baseline")
+        pictures.append((_name(other), first_layer(nnx.merge(other.graph, other.params))))
     text = "The weights of each unit of the first layer as a picture; grey is 0, each unit scaled on its own."
     return (text,), (Picture("first_layer.png", draw_kernels(pictures)),)
 
 
+def _name(run: Run) -> str:
+    return f"{PurePath(run.workdir).name} ({run.config.model.kind})"
+
+
 def prototypes(subject: Subject) -> Content:
     """Tell of every layer with prototypes which units there are, and of some units what comes nearest to them."""
-    x = subject.x[: subject.few(TOKENS)]
+    x = subject.some(subject.few(TOKENS))
     found = survey(subject.model, subject.batches(x), NEAREST, names=subject.asked.layers, length=CONTEXT)
     layers = layers_of(subject.model)
     rows = [_row(name, layers[name], one) for name, one in found.items()]
@@ -64,7 +70,7 @@ def _row(name: str, layer: Any, found: Surveyed) -> dict[str, Any]:
         "distance to the nearest input: median": float(np.median(nearest)),
         "largest": float(nearest.max()),
         "silent units": len(found.responses.units),
-        "equal pairs": len(duplicates(layer, SAME)),
+        "equal pairs": len(close_pairs(centres_of(layer), SAME)),
     }
 
 
@@ -80,7 +86,7 @@ def _contexts(subject: Subject, name: str, found: Found, units: np.ndarray) -> I
     rows = []
     for unit in units:
         for context, value in zip(found.contexts[unit][:3], found.values[unit], strict=False):
-            words = "".join(subject.token(token) for token in context if token >= 0)
+            words = subject.words(context[context >= 0])
             rows.append({"unit": str(unit), "text up to the token that comes near": words, "distance": float(value)})
     yield Table.of(rows, f"{name}: the nearest contexts of the units that respond most strongly")
 
@@ -92,9 +98,11 @@ def _pictures(subject: Subject, name: str, found: Found, units: np.ndarray) -> I
     rows, columns = np.divmod(found.places[units] - whole, across)
     pixel = side / across
     centres = (np.stack([rows, columns], -1) + 0.5) * pixel - 0.5
-    centres[found.places[units] < whole] = (side - 1) / 2
-    size = pixel * (layer.kernel_shape[0] if isinstance(layer, YatConv) else 1)
+    patch = layer.kernel_shape[0] / layer.strides[0] if isinstance(layer, YatConv) else 1.0
+    sizes = np.full(rows.shape, patch * pixel)
+    token = found.places[units] < whole
+    centres[token], sizes[token] = (side - 1) / 2, side
     labels = [f"unit {unit}" for unit in units]
-    png = draw_nearest(subject.pictures, found.rows[units], centres, size, labels)
+    png = draw_nearest(subject.pictures, found.rows[units], centres, sizes, labels)
     caption = f"{name}: the images and places that come nearest to units. The mark is the patch of the layer's input."
     yield Picture(f"nearest_{name}.png", png, caption)

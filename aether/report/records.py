@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from aether.config import Config, build, knobs
+from aether.errors import InputError
 from aether.report.section import Item, Passage, Picture, Section, Table
 from aether.train import ledger
 from aether.train.curves import CURVES, short
 from aether.train.metrics import METRICS, SAMPLES, TELEMETRY, read
 from aether.train.panels import draw_telemetry
 from aether.workdir import Workdir
+
+Lines = list[dict[str, Any]]
 
 LAST = 5  # samples that are shown
 COLUMNS = ("loss", "perplexity", "bits_per_byte", "accuracy", "top5", "calibration_error")
@@ -25,9 +28,17 @@ PHASES = {
 }
 
 
-def facts(folder: Workdir) -> dict[str, str]:
-    """Return a few words on a run, each under a label."""
+def told(folder: Workdir) -> tuple[dict[str, str], list[Section]]:
+    """Return a few words on a run, each under a label, and the sections, of which the last is its config.
+
+    Raises:
+      InputError: there is no run.
+    """
     record, lines = folder.read_json("config.json"), read(folder.local / METRICS)
+    return _facts(folder, record, lines), list(_sections(folder, record, lines))
+
+
+def _facts(folder: Workdir, record: Mapping[str, Any], lines: Lines) -> dict[str, str]:
     config = build(record["config"])
     validated = [line for line in lines if line["split"] != "train"]
     found = {"model": config.model.kind, "size": _size(config)}
@@ -42,7 +53,7 @@ def facts(folder: Workdir) -> dict[str, str]:
         elif last.get("loss") is not None:
             found[f"{name} loss"] = f"{last['loss']:.4f} nats"
     path = folder.local / ledger.GOODPUT
-    if path.exists():
+    if ledger.sessions(path):
         found["goodput"] = f"{ledger.read(path).share:.1%}"
     return found | {"aether": str((record.get("versions") or {}).get("aether") or "unknown")}
 
@@ -54,34 +65,31 @@ def _size(config: Config) -> str:
     return f"{m.layers} layers, width {m.width}, {m.heads} heads"
 
 
-def sections(folder: Workdir) -> Iterator[Section]:
-    """Yield what the files tell; a section of which there is nothing is left out.
-
-    Raises:
-      InputError: there is no run.
-    """
-    record, lines = folder.read_json("config.json"), read(folder.local / METRICS)
+def _sections(folder: Workdir, record: Mapping[str, Any], lines: Lines) -> Iterator[Section]:
+    """Yield what there is something of."""
     curves = folder.local / CURVES
     if curves.exists():
         yield Section("curves", "Curves", items=(Picture(CURVES, curves.read_bytes(), "Loss and learning rate."),))
-    scores = _scores(folder, lines)
+    scores = list(_scores(folder, lines))
     if scores:
         yield Section("scores", "Scores", items=tuple(scores))
     samples = {line["step"]: line["text"] for line in read(folder.local / SAMPLES)}
     if samples:
         texts = [Passage(((samples[step], 0.0),), f"After step {step:,}") for step in sorted(samples)[-LAST:]]
         yield Section("samples", "Samples", items=tuple(reversed(texts)))
-    telemetry = read(folder.local / TELEMETRY)
-    if telemetry:
-        picture = Picture("telemetry.png", draw_telemetry(telemetry), "What each ⵟ layer did, by depth.")
+    try:
+        png = draw_telemetry(read(folder.local / TELEMETRY))
+    except InputError:  # there is none
+        pass
+    else:
+        picture = Picture("telemetry.png", png, "What each ⵟ layer did, by depth.")
         yield Section("telemetry", "Units in training", items=(picture,))
-    path = folder.local / ledger.GOODPUT
-    if path.exists():
-        yield _time(path)
+    if ledger.sessions(folder.local / ledger.GOODPUT):
+        yield _time(folder.local / ledger.GOODPUT)
     yield _config(record)
 
 
-def _scores(folder: Workdir, lines: list[dict[str, Any]]) -> Iterator[Item]:
+def _scores(folder: Workdir, lines: Lines) -> Iterator[Item]:
     validated = [line for line in lines if line["split"] != "train"]
     for name in dict.fromkeys(line["split"] for line in validated):
         rows = [line for line in validated if line["split"] == name]
@@ -96,8 +104,17 @@ def _scores(folder: Workdir, lines: list[dict[str, Any]]) -> Iterator[Item]:
             tasks.append(words | {"± standard error": result[f"{metric}_stderr"]})
     if tasks:
         yield Table.of(tasks, "Tasks, and the step of the checkpoint")
-    for picture in sorted(evaluation.glob("*/*.png")):
-        yield Picture(picture.name, picture.read_bytes(), f"{picture.parent.name}: {picture.stem}")
+    last: dict[str, Path] = {}  # the pictures of each set, of its last step alone
+    for place in sorted((p for p in evaluation.glob("*-*") if p.is_dir()), key=_step):
+        last[place.name.rpartition("-")[0]] = place
+    for place in last.values():
+        for picture in sorted(place.glob("*.png")):
+            yield Picture(picture.name, picture.read_bytes(), f"{place.name}: {picture.stem}")
+
+
+def _step(place: Path) -> int:
+    step = place.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
 
 
 def _time(path: Path) -> Section:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from aether.config import Config, dumps, finite
-from aether.errors import InputError
+from aether.errors import AetherError, InputError
 from aether.evaluate.load import load_run
 from aether.report import records
 from aether.report.attribution import attribution
@@ -63,16 +63,20 @@ def explain_run(
       StorageError: `out` cannot be written.
     """
     _check(what, "--what")
-    home = Workdir(out or workdir, primary=False)
+    home = Workdir(out or workdir, primary=False, flag="out")
+    home.check_writable()
     run = load_run(workdir, step, average=average)
     subject = Subject(run, asked or Asked(), log)
+    page = Page(Workdir(workdir, primary=False))
     made = [_part(name, subject) for name in what or PARTS if what or name != "first_layer" or subject.images]
     for section in made:
         for picture in section.pictures:
             home.leave(f"explain/{picture.name}", picture.png)
-    about = dict(workdir=workdir, step=run.step, average=run.average)
+    about = dict(workdir=workdir, step=run.step, average=run.average, data=subject.asked.data)
     home.leave(NUMBERS, dumps(finite(about | {section.name: section.record() for section in made})).encode())
-    path = home.leave(REPORT, _page(Workdir(workdir, primary=False), made))
+    looked_at = f"step {run.step:,}" + ("" if run.average == "none" else f", {run.average}")
+    looked_at += f", {subject.asked.data}" if subject.asked.data else ""
+    path = home.leave(REPORT, page.render(made, {"taken apart": looked_at}))
     return about | dict(report=path, parts={section.name: section.trouble or "done" for section in made})
 
 
@@ -81,7 +85,7 @@ def _part(name: str, subject: Subject) -> Section:
     title, make = PARTS[name]
     try:
         section = Section(name, title, *make(subject))
-    except InputError as e:
+    except AetherError as e:
         subject.say(f"{name}: {e}")
         return Section(name, title, trouble=str(e))
     subject.say(f"{name}: {time.monotonic() - began:.0f} s")
@@ -96,7 +100,7 @@ def write_report(workdir: str) -> str:
       StorageError: it cannot be written.
     """
     folder = Workdir(workdir, primary=False)
-    return folder.leave(REPORT, _page(folder, []))
+    return folder.leave(REPORT, Page(folder).render())
 
 
 def at_the_end(config: Config, workdir: str) -> Callable[[], None]:
@@ -115,14 +119,13 @@ def at_the_end(config: Config, workdir: str) -> Callable[[], None]:
         if jax.process_index():
             return
         try:
-            if what and jax.process_count() == 1:
-                path = explain_run(workdir, what, log=_say)["report"]
-            else:
-                path = write_report(workdir)
+            _say(f"report: {write_report(workdir)}")
+            if what and jax.process_count() > 1:
+                _say("train.explain is left out, as this is one of several processes; python -m launch.explain does it")
+            elif what:
+                explain_run(workdir, what, log=_say)
         except Exception as e:
-            _say(f"warning: no report: {type(e).__name__}: {e}")
-        else:
-            _say(f"report: {path}")
+            _say(f"warning: the report is not what was asked for: {type(e).__name__}: {e}")
 
     return write
 
@@ -136,6 +139,14 @@ def _check(what: Sequence[str], key: str) -> None:
         raise InputError(f"{key} has {unknown[0]!r}; it takes some of {', '.join(PARTS)}.")
 
 
-def _page(folder: Workdir, made: Sequence[Section]) -> bytes:
-    *told, config = records.sections(folder)
-    return render(Path(folder.path).name, records.facts(folder), [*told, *made, config])
+class Page:
+    """The page of a run; what its files tell is read at once."""
+
+    def __init__(self, folder: Workdir):
+        self.title = Path(folder.path).name
+        self.facts, self.told = records.told(folder)
+
+    def render(self, made: Sequence[Section] = (), facts: dict[str, str] | None = None) -> bytes:
+        """Return it with further sections, which stand before the config, and further facts."""
+        *told, config = self.told
+        return render(self.title, self.facts | (facts or {}), [*told, *made, config])

@@ -92,7 +92,7 @@ class Section:
 
     def record(self) -> dict[str, Any]:
         """Return what JSON holds of it."""
-        found: dict[str, Any] = dict(title=self.title)
+        found: dict[str, Any] = dict(title=self.title, text=self.text)
         if self.trouble:
             found["trouble"] = self.trouble
         found["tables"] = [item.record() for item in self.items if isinstance(item, Table)]

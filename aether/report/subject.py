@@ -1,7 +1,8 @@
 """What the parts of a report look at: a run's network, some of its validation data, and what was asked for."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -97,7 +98,7 @@ class Subject:
         """The name and the examples of the data."""
         return validation_examples(self.run, self.asked.data)
 
-    def few(self, tokens: int) -> int:
+    def few(self, tokens: float) -> int:
         """Return how many inputs make so many tokens in a network of 124m: more in a smaller one, 8 at least.
 
         That is the same work in every network, but for images, which are all taken.
@@ -105,7 +106,16 @@ class Subject:
         if self.images:
             return self.asked.inputs
         size = sum(p.size for p in jax.tree.leaves(self.run.params))
-        return min(self.asked.inputs, max(8, int(tokens * USUAL / size) // self.asked.length))
+        return min(self.asked.inputs, max(8, int(tokens * USUAL / size) // self.length))
+
+    def some(self, count: int) -> np.ndarray:
+        """Return so many of the inputs, evenly spaced."""
+        return self.x[spread(len(self.x), count)]
+
+    @property
+    def length(self) -> int:
+        """How many tokens of a text are looked at."""
+        return min(self.asked.length, self.run.config.data.context)
 
     @cached_property
     def x(self) -> np.ndarray:
@@ -129,14 +139,24 @@ class Subject:
             return [self._encoded(text) for text in self.asked.texts]
         return [Text(row["x"], int(row["target"]), int(row["position"])) for row in self._rows]
 
-    def token(self, number: int) -> str:
-        """Write a token as a reader sees it."""
+    def words(self, ids: Iterable[int]) -> str:
+        """Write tokens as a reader sees them."""
+        return "".join(piece for piece, _ in self.pieces(ids, itertools.repeat(0.0)))
+
+    def pieces(self, ids: Iterable[int], shares: Iterable[float]) -> list[tuple[str, float]]:
+        """Return pieces of text and their shares; tokens that are parts of a character are one piece with their sum."""
         assert self.run.tokenizer is not None
-        if number >= self.run.tokenizer.vocab_size:
-            return "[hidden]"
-        if number == self.run.tokenizer.eot:
-            return EOT
-        return self.run.tokenizer.decode([number]).decode(errors="replace")
+        found, held, sum_ = [], b"", 0.0
+        for number, share in zip(ids, shares, strict=False):
+            special = {self.run.tokenizer.eot: EOT, self.run.tokenizer.vocab_size: "[hidden]"}.get(int(number))
+            if special is None:
+                held, sum_ = held + self.run.tokenizer.decode([number]), sum_ + float(share)
+            if held and (special is not None or _whole(held)):
+                found.append((held.decode(errors="replace"), sum_))
+                held, sum_ = b"", 0.0
+            if special is not None:
+                found.append((special, float(share)))
+        return [*found, (held.decode(errors="replace"), sum_)] if held else found
 
     def batches(self, x: np.ndarray) -> Iterator[np.ndarray]:
         """Yield inputs batch by batch, with progress."""
@@ -160,31 +180,38 @@ class Subject:
         if self.images:
             rows = [examples[i] for i in spread(len(examples), self.asked.inputs)]
             return [row | dict(x=as_taken(self.run, row["images"])) for row in rows]
-        length = min(self.asked.length, self.run.config.data.context)
+        length = self.length
         masked = self.run.config.model.task == "mlm"
         rows = []
         for i in spread(len(examples), 4 * self.asked.inputs):  # some have a document's end inside
             row = _masked(examples[i], length) if masked else _continued(examples[i], length)
-            if row is not None and len(rows) < self.asked.inputs:
+            if row is not None:
                 rows.append(row)
         if not rows:
             raise InputError(f"No text of {name} has {length} tokens without a break; set --length lower.")
-        return rows
+        return [rows[k] for k in spread(len(rows), self.asked.inputs)]
 
     def _encoded(self, text: str) -> Text:
         """Return a text whose last token is to be predicted from those before it, or filled in."""
         assert self.run.tokenizer is not None
         ids = np.concatenate([[self.run.tokenizer.eot], self.run.tokenizer.encode(text)]).astype(np.int32)
-        context = self.run.config.data.context
-        if not 2 < len(ids) <= context + 1:
-            raise InputError(
-                f"--text has {len(ids) - 1} tokens, and takes 2 to {context} (data.context): {text[:40]!r}"
-            )
-        if self.run.config.model.task == "lm":
+        follows = self.run.config.model.task == "lm"
+        most = self.run.config.data.context - (not follows)
+        if not 2 < len(ids) <= most + 1:
+            raise InputError(f"--text has {len(ids) - 1} tokens, and takes 2 to {most} (data.context): {text[:40]!r}")
+        if follows:
             return Text(ids[:-1], int(ids[-1]), len(ids) - 2)
-        hidden = ids[:context].copy()
-        hidden[-1] = self.run.config.model.vocab
-        return Text(hidden, int(ids[: len(hidden)][-1]), len(hidden) - 1)
+        hidden = np.append(ids[:-1], np.int32(self.run.tokenizer.vocab_size))
+        return Text(hidden, int(ids[-1]), len(hidden) - 1)
+
+
+def _whole(text: bytes) -> bool:
+    """Return whether bytes end where a character does, or are none of UTF-8's."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as e:
+        return e.reason != "unexpected end of data"
+    return True
 
 
 def _continued(window: Batch, length: int) -> Batch | None:

@@ -107,8 +107,7 @@ def read(path: Path) -> Goodput:
     """Sum a ledger up.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it holds no session.
+      ValueError: there is none, or it holds no session.
     """
     return total(sessions(path))
 
@@ -122,14 +121,14 @@ def report(workdir: str) -> str:
     folder = Workdir(workdir, primary=False)
     try:
         return table(read(folder.local / GOODPUT))
-    except (FileNotFoundError, ValueError):
+    except ValueError:
         raise InputError(f"{folder.path} has no {GOODPUT}; give the --workdir of a run that has started.") from None
 
 
 def sessions(path: Path) -> list[dict[str, Any]]:
     """Return the last snapshot of each session, in the order in which they began; a torn line is left out."""
     last: dict[str, dict[str, Any]] = {}
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
             last[record["session"]] = record

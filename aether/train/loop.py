@@ -24,8 +24,10 @@ from aether.train.spikes import Rewind
 from aether.train.telemetry import Telemetry
 
 
-def train(config: Config, workdir: str, *, started: float | None = None) -> None:
+def train(config: Config, workdir: str, *, started: float | None = None) -> bool:
     """Train from the config, or go on with the run in `workdir`, until `train.steps` updates are made.
+
+    Returns whether anything was left to do.
 
     Args:
       config: as built, not resolved.
@@ -47,11 +49,12 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> None
                 f"Stopped by {stop.seen} during the start, so nothing is lost; the same command goes on."
             ) from None
         if run is None:
-            return
+            return False
         with closing(run.guard):
             while back := _until_spike(run, stop):
                 run = _gone_back(run, *back)
         say(f"{finished(run.workdir)}\n{run.guard.goodput()}")
+        return True
 
 
 def _until_spike(run: Run, stop: Stop) -> tuple[int, int] | None:

@@ -40,9 +40,9 @@ def draw_telemetry(records: Records, title: str = "") -> bytes:
       InputError: there are no lines.
     """
     panels, layers = _series(records)
-    if not layers:
-        raise InputError("There is no telemetry to draw; train with train.telemetry_every above 0.")
     names = [name for name in PANELS if name in panels]
+    if not names:
+        raise InputError("There is no telemetry to draw; train with train.telemetry_every above 0.")
     rows = -(-len(names) // COLUMNS)
     figure = new_figure(12, 2.7 * rows + 1.1, dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)

@@ -123,7 +123,7 @@ def test_abstaining():
 def test_wrong_arguments_are_one_sentence():
     model, x, _ = case("resnet")
     for call, said in (
-        (lambda: tell(model, x[:2], {}), "There are 2 inputs inside and no labels"),
+        (lambda: tell(model, x[:2], {}), "There are 2 inputs inside; give 3 at least"),
         (lambda: tell(model, x, {}, np.zeros(3)), "There are 48 inputs inside and 3 labels"),
         (
             lambda: tell(model, x, {"more": x[:, 1:]}),

@@ -47,7 +47,10 @@ def run(main, *argv: str) -> int:
 @pytest.fixture
 def trained(replace):
     """The calls of the training and of what writes its report."""
-    return replace("aether.train.loop", "train"), replace("aether.report.run", "at_the_end", result=lambda: None)
+    reported = []
+    at_the_end = replace("aether.report.run", "at_the_end", result=lambda: reported.append("now"))
+    yield replace("aether.train.loop", "train", result=True), at_the_end
+    assert reported == ["now"]
 
 
 def test_train_hands_over_the_checked_config(trained):

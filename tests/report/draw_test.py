@@ -21,8 +21,16 @@ def test_shares_of_places_keep_their_sum_on_pixels(rng, side):
     found = place_shares(attribution(maps | {"blocks.0.attention": heads}, ["blocks.0.attention"]), side)
     want = sum(a.sum() for a in maps.values()) + heads[:, 1:].sum()
     np.testing.assert_allclose(found.sum(), want)
-    corner = place_shares(attribution({"a": np.array([[1.0, 0.0], [0.0, 0.0]])}), 8)
-    assert (corner[:4, :4] > 0).all() and corner.sum() == pytest.approx(1.0) and corner[4:].sum() == 0
+
+
+def test_a_places_share_lies_on_its_own_pixels():
+    shares = np.array([[1.0, -1.2, 0.3], [0.5, -0.6, 0.1], [0.0, 2.0, -2.0]])  # of a sum near none
+    found = place_shares(attribution({"a": shares}), 8)  # places of 3 x 3, 3 x 2 and 2 x 2 pixels
+    rows = columns = [slice(0, 3), slice(3, 6), slice(6, 8)]
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            block = found[row, column]
+            assert np.ptp(block) == 0 and block.sum() == pytest.approx(shares[i, j])
 
 
 def test_kernels_are_tiled_row_by_row():
@@ -31,5 +39,5 @@ def test_kernels_are_tiled_row_by_row():
     pixel = 24
     assert sheet[0, 0] == 0.0 and sheet[0, pixel + 2] == 0.2 and sheet[pixel + 2, 0] == pytest.approx(0.6)
     assert sheet[0, pixel] == 1.0  # the line between two
-    png = Image.open(io.BytesIO(draw_kernels({"one": images, "two": images})))
+    png = Image.open(io.BytesIO(draw_kernels([("one", images), ("one", images)])))
     assert png.width > png.height

@@ -6,7 +6,7 @@ import pytest
 
 from aether.config import build
 from aether.errors import InputError
-from aether.report.records import LAST, facts, sections
+from aether.report.records import LAST, told
 from aether.report.section import Passage, Picture, Table
 from aether.workdir import Workdir
 
@@ -28,6 +28,8 @@ def folder(tmp_path):
     (tmp_path / "evaluation/held-20/confusion.png").write_bytes(b"png")
     scores = dict(task="choice", accuracy=0.25, accuracy_stderr=0.01, examples=9)
     (tmp_path / "evaluation/choice-piqa-20.json").write_text(json.dumps(scores))
+    (tmp_path / "evaluation/held-100").mkdir()
+    (tmp_path / "evaluation/held-100/confusion.png").write_bytes(b"last png")
     return Workdir(str(tmp_path), primary=False)
 
 
@@ -36,18 +38,18 @@ def write(path, lines):
 
 
 def test_facts(folder):
-    found = facts(folder)
+    found = told(folder)[0]
     assert found["model"] == "gpt2" and found["steps"] == "20 of 40" and found["held loss"] == "2.0000 nats"
     assert found["tokens seen"] == "41k" and found["goodput"] == "45.0%" and found["aether"] == "0.1"
 
 
 def test_sections(folder):
-    found = {section.name: section for section in sections(folder)}
+    found = {section.name: section for section in told(folder)[1]}
     assert list(found) == ["scores", "samples", "time", "config"]  # no curves were drawn
     held, tasks, picture = found["scores"].items
     assert held.columns == ("step", "loss", "accuracy") and held.rows == ((10, 2.25, 0.5), (20, 2.0, 0.5))
     assert tasks.rows == (("choice-piqa-20", "accuracy", 0.25, 0.01),)
-    assert isinstance(picture, Picture) and picture.png == b"png"
+    assert isinstance(picture, Picture) and picture.png == b"last png"
     samples = found["samples"].items
     assert (
         len(samples) == LAST and isinstance(samples[0], Passage) and samples[0].tokens == ((f"words {LAST + 2}", 0.0),)
@@ -55,7 +57,7 @@ def test_sections(folder):
 
 
 def test_time_has_every_start(folder):
-    section = {section.name: section for section in sections(folder)}["time"]
+    section = {section.name: section for section in told(folder)[1]}["time"]
     assert section.text[0].startswith("Goodput 45.0% of 20.0 s: 20 steps, 1 restarts, 10 steps lost")
     shares, starts = section.items
     assert (
@@ -66,7 +68,7 @@ def test_time_has_every_start(folder):
 
 
 def test_the_config_begins_with_what_was_set(folder):
-    knobs, changes, versions = {section.name: section for section in sections(folder)}["config"].items
+    knobs, changes, versions = {section.name: section for section in told(folder)[1]}["config"].items
     changed = {key: value for key, value, default in knobs.rows if default}
     assert changed == {"model.kind": "gpt2", "model.layers": "3", "train.steps": "40", "data.context": "64"}
     assert [row[-1] != "" for row in knobs.rows] == [True] * 4 + [False] * (len(knobs.rows) - 4)
@@ -75,4 +77,18 @@ def test_the_config_begins_with_what_was_set(folder):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="no config.json"):
-        facts(Workdir(str(tmp_path), primary=False))
+        told(Workdir(str(tmp_path), primary=False))
+
+
+def test_a_ledger_and_telemetry_without_a_whole_line_are_left_out(folder):
+    for name in ("goodput.jsonl", "telemetry.jsonl"):
+        (folder.local / name).write_text('{"torn')
+    facts, sections = told(folder)
+    assert "goodput" not in facts and [section.name for section in sections] == ["scores", "samples", "config"]
+
+
+def test_telemetry_is_drawn(folder):
+    lines = [dict(step=s, split="blocks.0.mlp.hidden", alignment=0.5, scale=1.0) for s in (10, 20)]
+    write(folder.local / "telemetry.jsonl", lines)
+    section = next(section for section in told(folder)[1] if section.name == "telemetry")
+    assert section.pictures[0].png.startswith(b"\x89PNG")

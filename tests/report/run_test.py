@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aether.config import build
+from aether.config import build, finite
+from aether.data.tokenizers import load_tokenizer
 from aether.errors import InputError
 from aether.evaluate.load import load_run
 from aether.explain.attribution import attribute
 from aether.explain.capacity import squared_norms
 from aether.explain.layers import layers_of
+from aether.explain.prototypes import as_images
+from aether.report import lazy, prototypes
 from aether.report import run as report
 from aether.report.run import PARTS, at_the_end, explain_run
 from aether.report.subject import Asked, Subject
+from aether.train.loop import train
 
 KINDS = ["aether", "aether_resnet", *(pytest.param(k, marks=pytest.mark.slow) for k in ("minibert", "aether_vit"))]
 
@@ -56,7 +60,7 @@ def test_the_tokens_of_a_text_carry_their_shares(explained, run_of):
     for passage, text in zip(passages, looked_at.texts, strict=True):
         found = attribute(looked_at.model, text.ids, text.target, text.position)
         shares = sum(sources.sum(0) for sources in found.sources.values())
-        assert [token for token, _ in passage["tokens"]] == [looked_at.token(i) for i in text.ids]
+        assert [token for token, _ in passage["tokens"]] == [looked_at.words([i]) for i in text.ids]
         np.testing.assert_allclose([share for _, share in passage["tokens"]], shares, rtol=1e-4, atol=1e-5)
 
 
@@ -90,13 +94,16 @@ def test_units_that_are_asked_for_are_shown_and_no_others(run_of, tmp_path):
     assert {row["unit"] for row in tables[1]["rows"]} == {"3", "5"}
 
 
-def test_the_first_layer_of_a_baseline_stands_beside(run_of, tmp_path):
-    asked = Asked(baseline=str(run_of("resnet")))
-    sizes = []
-    for one in (Asked(), asked):
-        explain_run(str(run_of("aether_resnet")), ["first_layer"], str(tmp_path), asked=one, log=lambda line: None)
-        sizes.append(len((tmp_path / "explain/first_layer.png").read_bytes()))
-    assert sizes[1] > sizes[0]
+def test_the_first_layer_of_a_baseline_stands_beside(run_of, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(prototypes, "draw_kernels", lambda pictures: drawn.append(dict(pictures)) or b"")
+    runs = [str(run_of(kind)) for kind in ("aether_resnet", "resnet")]
+    for baseline in runs:
+        asked = Asked(baseline=baseline)
+        explain_run(runs[0], ["first_layer"], str(tmp_path), asked=asked, log=lambda line: None)
+    kernels = [np.asarray(subject(run).model.stem.kernel[...]) for run in runs[:1]]
+    assert [list(pictures) for pictures in drawn] == [["run (aether_resnet)"], ["run (aether_resnet)", "run (resnet)"]]
+    np.testing.assert_allclose(drawn[1]["run (aether_resnet)"], as_images(kernels[0]))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +115,9 @@ def test_the_first_layer_of_a_baseline_stands_beside(run_of, tmp_path):
         ("aether", [], dict(units=(1,)), "--unit is 1, but there is no --layer"),
         ("aether", ["attribution"], dict(texts=("the line " * 9,)), "takes 2 to 16"),
         ("aether_resnet", [], dict(texts=("the",)), "reads images; leave it out"),
+        ("aether", ["outside"], dict(inputs=2), "There are 2 inputs inside; give 3 at least"),
+        ("aether", ["outside"], dict(outside={"x": "no such.txt"}), "no such.txt does not exist; set --outside"),
+        ("aether_resnet", ["first_layer"], dict(baseline="no such"), "--baseline is no such, but there is no run"),
         ("gpt2", [], dict(layers=("blocks.0.mlp.hidden",)), "none: the network has no ⵟ units"),
     ],
 )
@@ -141,7 +151,7 @@ def test_a_part_at_the_end_that_there_is_not_is_refused_before_training(tmp_path
 
 def test_a_report_that_fails_ends_no_run(tmp_path, capsys):
     at_the_end(build({}), str(tmp_path / "nothing"))()
-    assert "warning: no report: InputError" in capsys.readouterr().err
+    assert "warning: the report is not what was asked for: InputError" in capsys.readouterr().err
 
 
 def test_of_several_processes_the_first_one_writes_and_takes_nothing_apart(run_of, monkeypatch):
@@ -156,3 +166,77 @@ def test_of_several_processes_the_first_one_writes_and_takes_nothing_apart(run_o
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     write()
     assert (folder / "report.html").exists()
+
+
+def test_as_much_is_looked_at_as_makes_the_same_work_in_every_network(run_of):
+    one = subject(run_of("aether"), inputs=50, length=12)
+    size = sum(p.size for p in jax.tree.leaves(one.run.params))
+    assert one.few(10**9) == 50 and one.few(0) == 8
+    assert one.few(20.5 * 12 * size / 1.6e8) == 20 and one.few(3 * 12 * size / 1.6e8) == 8
+
+
+def test_batches_are_no_larger_than_what_is_scored(run_of, monkeypatch):
+    monkeypatch.setattr(lazy, "SCORED", 0)
+    one = subject(run_of("aether"), inputs=50, length=12)
+    one.run = dataclasses.replace(one.run, config=dataclasses.replace(
+        one.run.config, data=dataclasses.replace(one.run.config.data, batch_size=32)))  # fmt: skip
+    (batch,) = lazy._batches(one)
+    assert batch["tokens"].shape == (8, 13) and batch["mask"].shape == (8, 12)
+
+
+def test_inputs_are_spread_over_all_of_the_data(run_of):
+    one = subject(run_of("aether"), inputs=5, length=12)
+    examples = one.examples[1]
+    at = [next(i for i in range(len(examples)) if (examples[i]["tokens"][:12] == x).all()) for x in one.x]
+    assert len(examples) > 40 and at[0] < 12 and at[-1] > len(examples) - 12 and at == sorted(at)
+
+
+def test_characters_of_several_tokens_are_one_piece(run_of):
+    one = subject(run_of("aether"))
+    one.run = dataclasses.replace(one.run, tokenizer=load_tokenizer("bytes"))
+    ids = [*"né".encode(), 0xFF, *"あ".encode(), one.run.tokenizer.eot, 0xE3]
+    assert one.pieces(ids, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]) == [
+        ("n", 1.0), ("é", 5.0), ("\ufffd", 4.0), ("あ", 18.0), ("<|endoftext|>", 8.0), ("\ufffd", 9.0)
+    ]  # fmt: skip
+    assert one.words(ids[:3]) == "né"
+
+
+def test_capacity_over_training_skips_a_checkpoint_that_cannot_be_read(run_of, tmp_path):
+    config = load_run(str(run_of("aether"))).config
+    keep = dataclasses.replace(config.checkpoint, every=2, keep_last=9)
+    how = dataclasses.replace(config.train, steps=6, eval_every=0, sample_tokens=0)
+    train(dataclasses.replace(config, checkpoint=keep, train=how), str(tmp_path / "run"))
+    for file in (tmp_path / "run/checkpoints/4").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    lines = []
+    out = str(tmp_path / "out")
+    explain_run(str(tmp_path / "run"), ["capacity"], out, asked=Asked(inputs=4, length=12), log=lines.append)
+    numbers = json.loads((tmp_path / "out/explain.json").read_text())["capacity"]
+    table = next(t["rows"] for t in numbers["tables"] if "checkpoints" in t["caption"])
+    assert [row["step"] for row in table] == [2, 6] and "capacity_training.png" in numbers["pictures"]
+    assert any("step 4 is left out" in line for line in lines)
+    last = next(row for row in numbers["tables"][0]["rows"] if row["layer"] == "blocks.1.mlp.hidden")
+    assert table[1]["blocks.1.mlp.hidden"] == pytest.approx(last["mean"])
+
+
+def test_other_data_are_looked_at_and_told_from(run_of, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("if it can it can it can if it can it can. " * 40)
+    asked = Asked(inputs=9, length=12, data=str(other), outside={"other": str(other)})
+    explain_run(str(run_of("aether")), ["outside"], str(tmp_path), asked=asked, log=lambda line: None)
+    numbers = json.loads((tmp_path / "explain.json").read_text())
+    rows = {row["score"]: row for row in numbers["outside"]["tables"][0]["rows"]}
+    assert numbers["data"] == str(other) and set(rows["nll"]) == {"score", "random ids", "shuffled", "other"}
+    assert rows["nll"]["random ids"] == 1.0
+    assert f"step 30, {other}" in (tmp_path / "report.html").read_text()
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+    assert finite({"rows": [{"x": float("nan")}, (1.0, float("inf"))]}) == {"rows": [{"x": None}, [1.0, None]]}
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(run_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out is .*file is a file; give a folder"):
+        explain_run(str(run_of("aether")), ["capacity"], str(tmp_path / "file"), log=lambda line: None)

@@ -251,7 +251,7 @@ def test_likeness_of_units_to_images_by_hand():
     mean, own, other = digits.likeness(kernels, x, np.array([0, 1, 1]))
     want = (1 + 3 / np.hypot(1.5, 3)) / 2  # class 1's mean image is (1.5, 3)
     np.testing.assert_allclose((mean, own, other), (want, 1.0, (0.6 + 0.0) / 2))
-    row = digits.side_by_side(np.array([[2.0, 1.0]] * 4), 2)
+    row = digits.side_by_side(np.array([[2.0, 1.0]] * 4), (2, 2, 1))
     assert row.shape == (2, 4) and np.nanmax(np.abs(row)) == 1
 
 

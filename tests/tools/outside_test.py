@@ -110,10 +110,10 @@ def test_means_over_runs():
 @pytest.mark.parametrize("text", ["digits", ":digits", "digits:"])
 def test_other_data_have_a_name_and_a_path(text):
     with pytest.raises(InputError, match=f"--outside is '{text}'; give NAME:PATH"):
-        outside.named(text)
+        cli.named(text, "outside")
 
 
 def test_a_text_shorter_than_a_window_is_refused(runs, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("the")
     assert call("--runs=aether", f"--outside=other:{tmp_path / 'short.txt'}") != 0
-    assert "reads 16 ids and a text has fewer; give a longer one" in capsys.readouterr().err
+    assert "short.txt has fewer tokens than the 16 of an input; give a longer text" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a layer of linear units and one of ⵟ units can tell apart in the plane, with one unit a class.
+"""What linear and ⵟ units can tell apart in the plane, with one unit a class and with four hidden ones.
 
 python -m tools.demonstrations.decision_regions --out=docs/demonstrations/decision_regions.png
 """

@@ -20,7 +20,7 @@ from aether.figures import INK
 from aether.nn import Linear, YatNMN
 from launch import cli
 from tools.demonstrations.picture import define, finish, panels, rounded
-from tools.demonstrations.training import starts
+from tools.demonstrations.training import fit, starts
 
 EPSILON, STARTS, RATE = 1.0, 10, 0.01
 ROWS = {
@@ -35,14 +35,14 @@ flags.DEFINE_string("data", "digits", "images, as data.path takes them", FLAGS)
 
 
 def load(path: str) -> tuple[np.ndarray, ...]:
-    """Return images (n, side² · channels) in 0..1 and classes to train on, and the same to test on."""
+    """Return images (n, side, side, channels) in 0..1 and classes to train on, and the same to test on."""
     corpus = open_corpus(build(dict(model=dict(kind="resnet"), data=dict(path=path, validation_fraction=0.2))))
     return (*_arrays(corpus.train[0].examples), *_arrays(corpus.validation["validation"]))
 
 
 def _arrays(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     rows = [examples[i] for i in range(len(examples))]
-    images = np.stack([row["images"] for row in rows]).reshape(len(rows), -1) / np.float32(255)
+    images = np.stack([row["images"] for row in rows]) / np.float32(255)
     return images, np.array([row["labels"] for row in rows])
 
 
@@ -68,14 +68,7 @@ def train(kind: str, data: tuple[np.ndarray, ...], seed: int, steps: int, count:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def run(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-        step = optax.adam(RATE)
-
-        def one(carry: Any, _: None) -> tuple[Any, None]:
-            params, state = carry
-            updates, state = step.update(jax.grad(loss)(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        (last, _), _ = jax.lax.scan(one, (params, step.init(params)), length=steps)
+        last, _ = fit(loss, params, steps, optax.adam(RATE), keep=False)
         right = jnp.mean(jnp.argmax(nnx.merge(graph, last)(test), -1) == answers)
         return last["kernel"][...], right
 
@@ -105,9 +98,11 @@ def likeness(kernels: np.ndarray, x: np.ndarray, labels: np.ndarray) -> tuple[fl
     return first, second, third
 
 
-def side_by_side(vectors: np.ndarray, side: int) -> np.ndarray:
-    """Return the columns of vectors (side², k) as pictures in a row, each in -1..1, with gaps of NaN."""
-    pictures = (vectors / np.abs(vectors).max(0)).T.reshape(-1, side, side)
+def side_by_side(vectors: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the columns of vectors (side² · channels, k) as grey pictures in a row, each in -1..1, gaps being NaN."""
+    side = shape[0]
+    pictures = vectors.T.reshape(-1, *shape).mean(-1)
+    pictures = pictures / np.abs(pictures).max((1, 2), keepdims=True)
     gap = round(side / 4)
     row = np.full((side, len(pictures) * (side + gap) - gap), np.nan)
     for k, picture in enumerate(pictures):
@@ -118,12 +113,12 @@ def side_by_side(vectors: np.ndarray, side: int) -> np.ndarray:
 def main(values: flags.FlagValues) -> None:
     """Train both layers, draw the units of one start each, and measure how like images they are over all starts."""
     cli.require(values, "out", "docs/demonstrations/digits.png")
-    x, labels, *test = data = load(values.data)
-    classes = int(labels.max()) + 1
-    side = round(x.shape[1] ** 0.5)
+    images, labels, others, answers = load(values.data)
+    x, test = (a.reshape(len(a), -1) for a in (images, others))
+    data, classes = (x, labels, test, answers), int(labels.max()) + 1
     figure, axes = panels("One unit a class", len(ROWS), 1, 5.6)
     vectors = {"mean": np.stack([x[labels == k].mean(0) for k in range(classes)], -1)}
-    numbers: dict[str, Any] = dict(images=len(x), test_images=len(test[0]), starts=STARTS)
+    numbers: dict[str, Any] = dict(images=len(x), test_images=len(test), starts=STARTS)
     for kind in list(ROWS)[1:]:
         kernels, right = train(kind, data, values.seed, values.steps, STARTS)
         vectors[kind] = kernels[0]
@@ -131,7 +126,7 @@ def main(values: flags.FlagValues) -> None:
         numbers[kind] = dict(accuracy=right.mean(), cosine_with_mean=mean, with_nearest=own, with_nearest_other=other)
     for axis, (kind, name) in zip(axes[:, 0], ROWS.items(), strict=True):
         axis.set_title(name, fontsize=13, color=INK, loc="left", pad=6)
-        axis.imshow(side_by_side(vectors[kind], side), cmap="gray", vmin=-1, vmax=1)
+        axis.imshow(side_by_side(vectors[kind], images.shape[1:]), cmap="gray", vmin=-1, vmax=1)
         axis.axis("off")
     finish(values, figure, rounded(numbers))
 

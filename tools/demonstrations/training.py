@@ -10,18 +10,18 @@ from jax import Array
 
 
 def fit(
-    loss: Callable[[Any], Array], params: Any, steps: int, optimizer: optax.GradientTransformation
+    loss: Callable[[Any], Array], params: Any, steps: int, optimizer: optax.GradientTransformation, keep: bool = True
 ) -> tuple[Any, Any]:
     """Minimise `loss(params)`.
 
     Returns:
-      The last parameters, and those before each step with a leading axis (steps,).
+      The last parameters, and those before each step with a leading axis (steps,), or None without `keep`.
     """
 
     def step(carry: Any, _: None) -> tuple[Any, Any]:
         params, state = carry
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return (optax.apply_updates(params, updates), state), params
+        return (optax.apply_updates(params, updates), state), params if keep else None
 
     (last, _), path = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
     return last, path
