@@ -129,7 +129,7 @@ def test_a_changed_text_is_refused(tmp_path):
 def test_rows_divide_over_the_devices(run):
     loaded = load_run(str(run[0]))
     ways = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
-    assert ways == len(jax.devices()) == 8 and module._rows(loaded) == 8
+    assert ways == len(jax.devices()) == 8 and [module.rows_of(loaded, n) for n in (1, 8, 9)] == [8, 8, 16]
 
 
 def sampled(run, capsys, *flags: str) -> str:

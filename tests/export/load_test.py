@@ -55,6 +55,7 @@ def test_a_run_comes_back(kind, trained, export, tmp_path):
     assert load_run(str(again)).step == 34
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_this_machine(export, tmp_path):
     folder = shutil.copytree(export("aether"), tmp_path / "export")
     content = json.loads((folder / "config.json").read_text())

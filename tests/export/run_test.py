@@ -173,6 +173,7 @@ def test_sharded_parameters_stay_where_they_are(trained):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["minibert", pytest.param("aether_vit", marks=pytest.mark.slow)])
 def test_rounded_parameters_of_a_run_from_elsewhere(kind, trained, tmp_path):
     """It was killed as it wrote a line, and its attention had a kernel that this machine has not."""

@@ -298,6 +298,7 @@ def stream(model, x):
     return np.asarray(jax.jit(run, compiler_options=FAST)(state, x))
 
 
+@pytest.mark.slow
 def test_a_deep_aether_starts_with_a_stream_and_gradients_of_order_one(rng):
     """ResNet-50's sixteen blocks, without normalisation: none is dead, none explodes, all kernels feel the loss.
 

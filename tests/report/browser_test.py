@@ -19,7 +19,7 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-@pytest.fixture(params=["aether", "aether_resnet"])
+@pytest.fixture(params=["aether", pytest.param("aether_resnet", marks=pytest.mark.slow)])
 def opened(request, browser, explained):
     path = explained(request.param)[2] / "report.html"
     assert path.stat().st_size < MOST

@@ -16,6 +16,7 @@ def test_the_table_has_all_layers_and_at_least_200_cases():
     assert len({case.name + case.dtype for case in CASES}) == len(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_outputs_and_gradients_are_within_their_bounds(part):
     for case in (CASES[i] for i in DRAWN[part::PARTS]):

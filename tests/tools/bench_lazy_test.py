@@ -2,9 +2,12 @@
 
 import sys
 
+import pytest
+
 from tools import bench_lazy
 
 
+@pytest.mark.slow
 def test_the_table_at_a_small_shape(monkeypatch, capsys):
     monkeypatch.setattr(bench_lazy, "SHARES", (1.0, 0.1))
     monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed

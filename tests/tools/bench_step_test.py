@@ -74,6 +74,7 @@ def test_batches_are_random_and_of_the_trainers_shapes(kind):
         assert (np.asarray(batch["positions"]) == np.arange(batch["positions"].shape[1])).all()
 
 
+@pytest.mark.slow
 def test_of_a_network_with_statistics_the_training_is_measured():
     """They move from step to step, and what is kept is what the gradient through them needs."""
     config = image_config("resnet", stages="1", width=4)
@@ -94,6 +95,7 @@ def test_of_a_network_with_statistics_the_training_is_measured():
     assert program.more(2.0) == dict(images_per_second=8 / 2e-3, mfu=None)
 
 
+@pytest.mark.slow
 def test_the_step_is_the_one_of_the_plan_and_moves():
     config = tiny_config(model=dict(layers=1))
     device = jax.devices("cpu")[0]

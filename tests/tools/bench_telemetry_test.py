@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import pytest
 
 from aether.testing import network_config
 from tools.bench_telemetry import EVERY, row
 from tools.bench_where import Where
 
 
+@pytest.mark.slow
 def test_a_look_is_counted_and_timed_beside_a_step():
     base = network_config("aether")
     train = dataclasses.replace(base.train, telemetry_every=EVERY, telemetry_rows=2)

@@ -74,6 +74,7 @@ def test_mistakes_are_one_sentence(argv, part, capsys):
     assert part in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_real_step(tmp_path):
     small = [f"--config.{k}" for k in ("model.layers=2", "model.width=32", "model.heads=2", "data.context=32")]
     command = [sys.executable, "-m", "tools.profile", "--config=configs/quickstart.py", "--steps=2", "--top=5", *small]

@@ -281,6 +281,7 @@ def test_what_a_killed_study_left_is_waited_for(call, tmp_path):
     assert orphan.wait() == 0
 
 
+@pytest.mark.slow
 def test_real_runs(tmp_path):
     text = "".join(f"{i} little piggies went to market.\n" for i in range(500))
     (tmp_path / "text.txt").write_text(text)

@@ -118,6 +118,7 @@ def test_without_a_checkpoint_a_spike_is_only_skipped(values, tmp_path, capsys):
     assert not (tmp_path / "run" / LEFT_OUT).exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(values, tmp_path, monkeypatch, capsys):
     """The newest one before the spike is damaged: the one before it serves, and the batches since are left out too."""
     before, told = Checkpoints.before, []
