@@ -194,11 +194,11 @@ class Job:
         return _verdict(first, codes)
 
     def _first(self) -> Child:
-        """Wait for the first that ends."""
+        """Wait for the first that ends; of several since the last look, one that was killed made the others end."""
         while True:
-            for child in self._children:
-                if child.code() is not None:
-                    return child
+            ended = [child for child in self._children if child.code() is not None]
+            if ended:
+                return min(ended, key=lambda child: (child.code() or 0) >= 0)
             time.sleep(0.05)
 
     def _others(self, first: Child) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -283,3 +284,18 @@ def wait_for(workdir: Path, step: int, job: subprocess.Popen) -> None:
     while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < step:
         assert job.poll() is None and time.monotonic() < deadline, job.communicate()
         time.sleep(0.1)
+
+
+def test_one_that_was_killed_is_named_even_if_another_had_ended_when_somebody_looked():
+    codes = iter([[None, None], [1, -9]])
+    now: list = [None, None]
+    job = local.Job([], [], local.Signals())
+    job._children = [SimpleNamespace(index=i, code=lambda i=i: now[i]) for i in range(2)]
+
+    def sleep(_):
+        now[:] = next(codes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local.time, "sleep", sleep)
+        first = job._first()
+    assert local._verdict(first, [1, -9]) == (1, "process 1 was ended by SIGKILL, so all were ended")
