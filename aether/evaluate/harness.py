@@ -41,7 +41,7 @@ def _model_class() -> type:
         from lm_eval.api.registry import register_model
     except ImportError as e:
         raise InputError(
-            f"lm-evaluation-harness is not installed or lacks a package ({e}): pip install -e '.[lm_eval]'."
+            f"lm-evaluation-harness is not installed or lacks a package ({e}): pip install -e '.[harness]'."
         ) from e
     made = type("AetherLM", (Answers, LM), dict(__doc__=Answers.__doc__, __module__=__name__))
     return register_model("aether")(made)

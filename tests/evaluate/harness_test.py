@@ -56,7 +56,7 @@ def lm_eval():
         warnings.simplefilter("ignore")
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
             patch.setenv(name, "1")
-        made = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm_eval]'")
+        made = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[harness]'")
         import lm_eval.evaluator
         import lm_eval.tasks  # noqa: F401
     return made
@@ -144,7 +144,7 @@ def asked(context, **settings):
 
 
 def test_text_is_generated_up_to_what_ends_it(lm_eval, bytes_run, monkeypatch):
-    monkeypatch.setattr(load, "_mesh", lambda c: make_mesh(c, jax.devices()[:1]))
+    monkeypatch.setattr(load, "mesh_of", lambda c: make_mesh(c, jax.devices()[:1]))
     model = module.AetherLM(bytes_run)
     loaded = model.run
     decoder = Decoder(loaded.graph, 32, 256, 257)
@@ -202,7 +202,7 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     module._model_class.cache_clear()
     try:
-        with pytest.raises(InputError, match=r"pip install -e '.\[lm_eval\]'"):
+        with pytest.raises(InputError, match=r"pip install -e '.\[harness\]'"):
             getattr(module, "AetherLM")  # noqa: B009
     finally:
         module._model_class.cache_clear()

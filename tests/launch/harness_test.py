@@ -60,4 +60,4 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     for name in ("lm_eval", "lm_eval.models", "lm_eval.__main__"):
         monkeypatch.setitem(sys.modules, name, None)
     assert run("--workdir=runs/a", "--", "--tasks", "a") == 2
-    assert "pip install -e '.[lm_eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[harness]'" in capsys.readouterr().err
