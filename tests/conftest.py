@@ -16,6 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, and for the proce
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)  # not through XLA_FLAGS, which those processes would inherit
 
@@ -29,6 +30,17 @@ def _private_cache():
     os.environ.pop("AETHER_CACHE")
     if before is not None:
         os.environ["AETHER_CACHE"] = before
+
+
+@pytest.fixture(scope="module")
+def compile_once():
+    """Keep what is compiled, for files most of whose runs are of the same programs."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", os.environ["AETHER_CACHE"] + "/xla-tests")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @pytest.fixture

@@ -17,19 +17,6 @@ from aether.testing import drawn_state, inputs_of, network_config
 ROWS = 3
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Return model(name) -> a network, drawn once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = nnx.merge(*drawn_state(network_config(name)))
-        return made[name]
-
-    return get
-
-
 def softplus(parameter):
     return np.log1p(np.exp(np.asarray(parameter[...], np.float64)))
 

@@ -21,19 +21,6 @@ from aether.testing import drawn_state, inputs_of, network_config
 LAYERS = [("aether", "blocks.1.mlp.hidden"), ("aether_resnet", "stages.1.1.hidden"), ("aether_vit", "head")]
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Return model(name) -> a network, drawn once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = nnx.merge(*drawn_state(network_config(name)))
-        return made[name]
-
-    return get
-
-
 def brute(layer, points):
     """Return distances and responses (n, units) in float64, pair by pair."""
     x, w = (np.asarray(a, np.float64) for a in (points, layer.kernel[...]))

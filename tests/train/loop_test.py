@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from absl import flags
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from aether import parallel
 from aether.checkpoint import Checkpoints
@@ -31,15 +30,7 @@ from aether.train.setup import describe_state
 ROUGH = {"tokens_per_second", "mfu", "data_wait"}  # times and rates, which differ from run to run
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once():
-    """Keep what is compiled, since most runs here are of the same programs."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", os.environ["AETHER_CACHE"] + "/xla-tests")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from aether import parallel
 from aether.checkpoint import Checkpoints
@@ -40,14 +39,7 @@ def get_config():
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once():
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", os.environ["AETHER_CACHE"] + "/xla-tests")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module", autouse=True)

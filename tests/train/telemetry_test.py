@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from aether import parallel
 from aether.checkpoint import Checkpoints
@@ -29,14 +27,7 @@ from tests.train.report_test import events
 LAYERS = ["blocks.0.attention", "blocks.0.mlp.hidden"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once():
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", os.environ["AETHER_CACHE"] + "/xla-tests")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module", autouse=True)
