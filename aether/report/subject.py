@@ -66,7 +66,7 @@ class Subject:
     """A run to be explained; `say` takes lines of progress. The network computes in float32, whatever it trained in.
 
     Raises:
-      InputError: a layer or unit that was asked for does not exist.
+      InputError: a layer or unit that was asked for does not exist, or a text cannot be read.
     """
 
     run: Run
@@ -87,6 +87,8 @@ class Subject:
                 raise InputError(f"--unit is {wrong[0]}, and {name} has {units} units; give one of 0 to {units - 1}.")
         if self.asked.texts and self.images:
             raise InputError(f"--text is given, but {self.run.config.model.kind} reads images; leave it out.")
+        if self.asked.texts:
+            _ = self.texts  # one that cannot be read is refused now, not after other parts
 
     @property
     def images(self) -> bool:
