@@ -80,7 +80,9 @@ def run(
 
 
 def parse(values: flags.FlagValues, argv: list[str]) -> None:
-    """Parse `argv` into `values`; what does not fit is an `InputError`."""
+    """Set `values` to their defaults and parse `argv` into them; what does not fit is an `InputError`."""
+    for name in values:
+        values[name].unparse()
     if "config" in values:
         argv = list(_rewrite(argv))
     flags.FLAGS.mark_as_parsed()  # ours are in a set of their own, but Grain's worker processes read absl's global one

@@ -3,7 +3,6 @@
 Both ways go through the same calls of `Shell`, so what is shown is what would run.
 """
 
-import copy
 import re
 import shlex
 import shutil
@@ -87,7 +86,7 @@ def training(words: list[str]) -> Training:
         raise InputError("there is no training; give it after --, as in -- --config=configs/quickstart.py --workdir=W.")
     if cli.HELP & set(words):
         raise InputError("there is a question for help after --; python -m launch.train --help answers it.")
-    values = copy.deepcopy(train.FLAGS)
+    values = train.FLAGS
     cli.parse(values, words)
     cli.config_of(values)
     if not values.workdir:

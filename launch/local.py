@@ -7,7 +7,6 @@ others' lines begin with their number. SIGTERM and Ctrl-C are passed on, and a r
 When a process dies all end, and with --restarts they start again from the last checkpoint.
 """
 
-import copy
 import importlib.util
 import os
 import shlex
@@ -82,10 +81,9 @@ def _check(args: flags.FlagValues, rest: list[str]) -> None:
     if args.dry_run and args.module == "launch.train" and not cli.HELP & set(rest):
         from launch import train
 
-        values = copy.deepcopy(train.FLAGS)
-        cli.parse(values, rest)
-        if not values.report:
-            cli.config_of(values)
+        cli.parse(train.FLAGS, rest)
+        if not train.FLAGS.report:
+            cli.config_of(train.FLAGS)
 
 
 def devices(processes: int, cpus: int, env: Mapping[str, str]) -> list[dict[str, str]]:

@@ -60,9 +60,6 @@ def test_commands_parse(words, monkeypatch):
     name = words[0].removesuffix(".py").replace("/", ".")
     assert (ROOT / (name.replace(".", "/") + ".py")).is_file(), words[0]
     values = importlib.import_module(name).FLAGS
-    values.unparse_flags()
-    for flag in values:
-        values[flag].unparse()
     cli.parse(values, words[1:])
     if name == "tools.bench":  # which brings its own configs, and takes overrides of them
         values["config"].value = values["config"].value or "configs/quickstart.py"

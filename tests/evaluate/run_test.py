@@ -47,9 +47,6 @@ def run(tmp_path_factory):
 
 
 def call(main, *argv: str) -> int:
-    main.FLAGS.unparse_flags()
-    for name in main.FLAGS:
-        main.FLAGS[name].unparse()
     return cli.run(main.main, main.FLAGS, main.__doc__, list(argv))
 
 

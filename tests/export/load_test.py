@@ -95,7 +95,6 @@ def test_wrong_input_is_one_sentence(export, tmp_path, monkeypatch, capsys):
         (odd, "new", "and this network as"),
         (cut, "new", "is damaged"),
     ):
-        load.FLAGS.unparse_flags()
         where = workdir if "://" in workdir else tmp_path / workdir
         assert cli.run(load.main, load.FLAGS, load.__doc__, [f"--export={source}", f"--workdir={where}"]) == 2
         error = capsys.readouterr().err.strip()

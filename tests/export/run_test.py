@@ -30,9 +30,6 @@ def quiet(monkeypatch):
 
 
 def call(*argv):
-    export.FLAGS.unparse_flags()
-    for name in export.FLAGS:
-        export.FLAGS[name].unparse()
     return cli.run(export.main, export.FLAGS, export.__doc__, list(argv))
 
 

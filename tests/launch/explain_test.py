@@ -22,9 +22,6 @@ def calls(monkeypatch):
 
 
 def run(*argv):
-    explain.FLAGS.unparse_flags()
-    for name in explain.FLAGS:
-        explain.FLAGS[name].unparse()
     return cli.run(explain.main, explain.FLAGS, explain.__doc__, list(argv))
 
 

@@ -20,9 +20,6 @@ GPUS = ["--nodes=2", "--gpus_per_node=8", "--accelerator=nvidia-h100-80gb"]
 
 
 def run(*argv: str) -> int:
-    gke.FLAGS.unparse_flags()
-    for name in gke.FLAGS:
-        gke.FLAGS[name].unparse()
     return jobs.run(gke.main, gke.FLAGS, gke.__doc__, list(argv))
 
 

@@ -24,9 +24,6 @@ def handed(monkeypatch):
 
 
 def run(*argv: str) -> int:
-    harness.FLAGS.unparse_flags()
-    for name in harness.FLAGS:
-        harness.FLAGS[name].unparse()
     ours, theirs = harness.divided(list(argv))
     return cli.run(lambda args: harness.main(args, theirs), harness.FLAGS, harness.__doc__, ours)
 

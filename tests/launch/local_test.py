@@ -31,13 +31,6 @@ def attempt():
 """
 
 
-@pytest.fixture(autouse=True)
-def _fresh_flags():
-    local.FLAGS.unparse_flags()
-    for name in local.FLAGS:
-        local.FLAGS[name].unparse()
-
-
 @pytest.fixture
 def start(tmp_path):
     """A function (program, *flags) -> a running `launch.local` of it; what it leaves behind is ended, and an error."""

@@ -38,9 +38,6 @@ def replace(monkeypatch):
 
 
 def run(main, *argv: str) -> int:
-    main.FLAGS.unparse_flags()
-    for name in main.FLAGS:
-        main.FLAGS[name].unparse()
     return cli.run(main.main, main.FLAGS, main.__doc__, list(argv))
 
 

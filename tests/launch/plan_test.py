@@ -24,9 +24,6 @@ def quiet(monkeypatch):
 
 
 def run(*argv):
-    plan.FLAGS.unparse_flags()
-    for name in plan.FLAGS:
-        plan.FLAGS[name].unparse()
     return cli.run(plan.main, plan.FLAGS, plan.__doc__, [CONFIG, *argv])
 
 

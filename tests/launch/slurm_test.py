@@ -20,9 +20,6 @@ TRAINING = ["--", "--config=configs/quickstart.py", "--workdir=runs/mine"]
 
 
 def run(*argv: str) -> int:
-    slurm.FLAGS.unparse_flags()
-    for name in slurm.FLAGS:
-        slurm.FLAGS[name].unparse()
     return jobs.run(slurm.main, slurm.FLAGS, slurm.__doc__, list(argv))
 
 
@@ -74,7 +71,6 @@ def test_dry_run_prints_what_the_real_run_submits(fake, capsys, tmp_path):
     [(0, 0, False), (2, 0, False), (3, 0, False), (75, 0, True), (134, 1, True), (75, 2, False)],
 )
 def test_script_queues_again_as_often_as_told(code, restarts, queues, tmp_path):
-    slurm.FLAGS.unparse_flags()
     cli.parse(slurm.FLAGS, ["--retries=2"])
     script = slurm.script(slurm.FLAGS, jobs.training(TRAINING[1:]), tmp_path)
     for name, text in {"srun": f"exit {code}", "scontrol": 'echo "queued $*"', "sleep": ":"}.items():

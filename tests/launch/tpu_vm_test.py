@@ -82,9 +82,6 @@ def gcloud(tmp_path, monkeypatch):
 
 
 def run(*argv: str) -> int:
-    tpu_vm.FLAGS.unparse_flags()
-    for name in tpu_vm.FLAGS:
-        tpu_vm.FLAGS[name].unparse()
     return jobs.run(tpu_vm.main, tpu_vm.FLAGS, tpu_vm.__doc__, list(argv))
 
 

@@ -23,9 +23,6 @@ def launch(*argv: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture(autouse=True)
 def fresh_flags():
     """Forget what other tests of this process have parsed."""
-    bench.FLAGS.unparse_flags()
-    for name in bench.FLAGS:
-        bench.FLAGS[name].unparse()
 
 
 @pytest.mark.parametrize(
@@ -54,9 +51,6 @@ def test_mistakes_are_one_sentence(argv, parts, capsys):
 def as_they_were():
     """Flags keep what a test gave them."""
     yield
-    bench.FLAGS.unparse_flags()
-    for name in bench.FLAGS:
-        bench.FLAGS[name].unparse()
 
 
 def test_help_names_every_table(capsys):

@@ -6,9 +6,6 @@ from tools import measure_report
 
 def run(*argv):
     values = measure_report.FLAGS
-    values.unparse_flags()
-    for name in values:
-        values[name].unparse()
     return cli.run(measure_report.main, values, measure_report.__doc__, list(argv))
 
 

@@ -18,9 +18,6 @@ def environment(monkeypatch):
 
 
 def run(*argv, config=(CONFIG, *TINY)):
-    shardings.FLAGS.unparse_flags()
-    for name in shardings.FLAGS:
-        shardings.FLAGS[name].unparse()
     return cli.run(shardings.main, shardings.FLAGS, shardings.__doc__, [*config, *argv])
 
 

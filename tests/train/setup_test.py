@@ -58,9 +58,6 @@ def write_config(folder: Path, path: Path, vocab: int = 258) -> Path:
 
 def launch(file: Path, workdir: Path, *words: str) -> int:
     """Run launch.train's main in this process; return its exit code."""
-    main.FLAGS.unparse_flags()
-    for name in main.FLAGS:
-        main.FLAGS[name].unparse()
     argv = [f"--config={file}", f"--workdir={workdir}", *(f"--config.{word}" for word in words)]
     return cli.run(main.main, main.FLAGS, main.__doc__, argv)
 

@@ -185,9 +185,6 @@ def test_the_command(made, tmp_path, capsys):
     run, folder = made("aether", twins), str(tmp_path / "new")
 
     def call(*argv):
-        surgery.FLAGS.unparse_flags()
-        for name in surgery.FLAGS:
-            surgery.FLAGS[name].unparse()
         code = cli.run(surgery.main, surgery.FLAGS, surgery.__doc__, [f"--workdir={run}", f"--out={folder}", *argv])
         return code, capsys.readouterr()
 

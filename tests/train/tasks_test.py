@@ -172,7 +172,6 @@ def test_a_run_of_other_classes_is_no_start(runs, place, tmp_path, rng, names, w
 
 def test_a_classifier_writes_no_text(runs, capsys, monkeypatch):
     monkeypatch.setattr(cli, "prepare_environment", lambda debug: None)
-    generate.FLAGS.unparse_flags()
     assert cli.run(generate.main, generate.FLAGS, generate.__doc__, [f"--workdir={runs[0]}"]) == 2
     assert "a run of resnet, which does not write text" in capsys.readouterr().err
 

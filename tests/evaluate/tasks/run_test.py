@@ -43,9 +43,6 @@ def quiet(monkeypatch):
 
 
 def call(*argv: str) -> int:
-    evaluate.FLAGS.unparse_flags()
-    for name in evaluate.FLAGS:
-        evaluate.FLAGS[name].unparse()
     return cli.run(evaluate.main, evaluate.FLAGS, evaluate.__doc__, list(argv))
 
 
