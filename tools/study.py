@@ -7,7 +7,15 @@ First every value of --sweep, for every combination of the --vary values, with s
 each combination at its best value, with all steps and seeds 0, 1, 2 .... The final loss on the whole first validation
 set decides, or with --score=error its share of wrong guesses. Every run is a `launch.train` in a folder of its own,
 so the same command goes on after a kill.
-OUT/results.jsonl has a line for every run, OUT/logs what each said, OUT/sweep.png the losses over the swept key.
+
+--cases=FILE.toml lists settings to compare that are no grid: a table [NAME] for each, with lines such as
+'model.epsilon' = 0.1; with --vary too, each of them with each of its values. To try many things on a small budget,
+--rungs=3 makes the sweep three times, with a quarter, half and all of its steps, after each of which only the better
+half of the values goes on (successive halving), and --finalists=N lets the better half of the combinations go on, and
+the N best and the first get the whole runs.
+
+OUT/results.jsonl has a line for every run, OUT/logs what each said, OUT/sweep.png the losses over the swept key,
+OUT/compute.png those of the whole runs over their floating-point operations.
 """
 
 import sys
@@ -19,7 +27,7 @@ from aether.errors import AetherError
 from launch import cli
 from tools.study_plan import open_folder, plan, read_plan, read_results
 from tools.study_runs import Runner, sole_user, stop_signals
-from tools.study_tables import plot, report
+from tools.study_tables import plot, plot_compute, report
 
 
 def main(args: flags.FlagValues) -> None:
@@ -32,11 +40,14 @@ def main(args: flags.FlagValues) -> None:
             open_folder(out, study)
             runner = Runner(study, out, args.jobs, lock)
             with stop_signals(runner):
-                runner([job for c in study.combinations for job in study.sweep(c)])
+                for rung in range(study.rungs):
+                    ladder = study.ladder(runner.results)
+                    runner(ladder[rung] if rung < len(ladder) else [])
                 runner([job for c in study.combinations for job in study.full(c, runner.results)])
         results = runner.results
     if study.values:
         plot(study, results, out / "sweep.png")
+    plot_compute(study, results, out / "compute.png")
     print(report(study, results))
     failed = [name for name in study.jobs(results) if results.get(name, {}).get("status") == "failed"]
     if failed and not args.table_only:
@@ -49,6 +60,11 @@ def define() -> flags.FlagValues:
     flags.DEFINE_multi_string("vary", [], "KEY=VALUE,VALUE: settings to compare; given again: all combinations", values)
     flags.DEFINE_string("sweep", "", "KEY=NUMBER,NUMBER: each combination takes its best (empty: no sweep)", values)
     flags.DEFINE_float("sweep_fraction", 0.5, "share of the steps in the sweep", 1e-6, 1.0, values)
+    flags.DEFINE_string("cases", "", "TOML file with a table of settings for each case to compare", values)
+    flags.DEFINE_integer(
+        "rungs", 1, "lengths of the sweep's runs, each twice the one before", 1, 10, flag_values=values
+    )
+    flags.DEFINE_integer("finalists", 0, "whole runs for so many combinations and the first (0: all)", 0, None, values)
     flags.DEFINE_enum("score", "loss", ["loss", "error"], "what decides, and is in the tables", values)
     flags.DEFINE_integer("seeds", 3, "seeds of the final runs", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(

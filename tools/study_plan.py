@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +26,16 @@ Results = Mapping[str, Mapping[str, Any]]  # of each run by name, the last line 
 
 @dataclass(frozen=True)
 class Combination:
-    """One choice of the --vary values, as overrides, and the steps of its runs."""
+    """One choice of the --cases and --vary values, as overrides, and the steps of its runs.
+
+    `group` is its case, or its choice of the first --vary: what one line of the picture of the compute is of.
+    """
 
     label: str
     overrides: list[str]
     steps: int
     sweep_steps: int
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Study:
     values: list[float]
     seeds: int
     score: str = "loss"
+    rungs: int = 1
+    finalists: int = 0
 
     def score_of(self, record: Mapping[str, Any] | None) -> float | None:
         """Return what decides, the lower the better; infinite if the run diverged, None if it failed or is to come.
@@ -86,32 +93,106 @@ class Study:
             own.append(f"{self.key}={value!r}")
         return Job(re.sub(r"[^\w.=+-]", "_", "_".join(words)), c.label, value, seed, steps, [*self.overrides, *own])
 
-    def sweep(self, c: Combination) -> list[Job]:
-        """List the runs that find the best value for a combination."""
-        return [self.job(c, value, 0, c.sweep_steps) for value in self.values]
+    def ladder(self, results: Results) -> list[list[Job]]:
+        """List the runs of each rung of the sweep, as far as the rung before decides: with seed 0, the last rung with
+        the sweep's steps and every one before with half as many as the next.
 
-    def best(self, c: Combination, results: Results) -> float | None:
-        """Return the value with the lowest score so far; None where no run has a finite one, or nothing is swept."""
-        losses = {job.value: self.score_of(results.get(job.name)) for job in self.sweep(c)}
-        finite = {value: loss for value, loss in losses.items() if loss is not None and math.isfinite(loss)}
-        return min(finite, key=lambda value: finite[value]) if finite else None
+        From rung to rung each combination keeps the better half of its values (Jamieson and Talwalkar, 2016), and with
+        `finalists` the better half of the combinations stay, no fewer than that, and the first one, which the others
+        are compared with.
+        """
+        choices: Sequence[float | None] = self.values or ([None] if self.finalists else [])
+        alive = {c.label: list(choices) for c in self.combinations if choices}
+        rungs: list[list[Job]] = []
+        for rung in range(self.rungs if alive else 0):
+            made = {c.label: c for c in self.combinations if c.label in alive}
+            rungs.append([self.job(c, v, 0, self.rung_steps(c, rung)) for c in made.values() for v in alive[c.label]])
+            scores = self._scores(rungs[-1], results)
+            if scores is None:
+                break
+            values = {label: sorted(alive[label], key=lambda v, s=scores[label]: s[v]) for label in alive}
+            halves = {label: ranked[: math.ceil(len(ranked) / 2)] for label, ranked in values.items()}
+            stay = self._leading(scores, max(self.finalists, math.ceil((len(alive) - 1) / 2)))
+            alive = {label: [v for v in alive[label] if v in halves[label]] for label in alive if label in stay}
+        return rungs
+
+    def _scores(self, rung: Sequence[Job], results: Results) -> dict[str, dict[float | None, float]] | None:
+        """Return the scores of a rung's runs by combination and value; None while one is missing."""
+        scores: dict[str, dict[float | None, float]] = {}
+        for job in rung:
+            score = self.score_of(results.get(job.name))
+            if score is None:
+                return None
+            scores.setdefault(job.combination, {})[job.value] = score
+        return scores
+
+    def _leading(self, scores: Mapping[str, Mapping[Any, float]], count: int) -> set[str]:
+        """Return the first combination and the best `count` others; all where every one is to be kept."""
+        if not self.finalists:
+            return set(scores)
+        first = self.combinations[0].label
+        others = sorted(scores.keys() - {first}, key=lambda label: min(scores[label].values()))
+        return {first, *others[:count]}
+
+    def rung_steps(self, c: Combination, rung: int) -> int:
+        """Return the steps of a combination's runs in a rung."""
+        return max(1, round(c.sweep_steps / 2 ** (self.rungs - 1 - rung)))
+
+    def sweep(self, c: Combination, results: Results) -> list[Job]:
+        """List the runs that find a combination's best value, as far as they are known, the shortest first."""
+        return [job for rung in self.ladder(results) for job in rung if job.combination == c.label]
+
+    def best(self, c: Combination, results: Results) -> Job | None:
+        """Return the run with the lowest score in the longest rung so far; None where none has a finite one."""
+        found: Job | None = None
+        for rung in self.ladder(results):
+            scored = [(self.score_of(results.get(job.name)), job) for job in rung if job.combination == c.label]
+            finite = [(score, job) for score, job in scored if score is not None and math.isfinite(score)]
+            found = min(finite, key=lambda pair: pair[0])[1] if finite else found
+        return found
+
+    def finals(self, results: Results) -> list[Combination]:
+        """Return the combinations that get whole runs: all, or the first and the best `finalists` once they are known.
+
+        A combination none of whose sweep's runs has ended well gets none.
+        """
+        ladder = self.ladder(results)
+        if not ladder:
+            return self.combinations
+        if len(ladder) < self.rungs:
+            return []
+        known = [c for c in self.combinations if self.best(c, results)]
+        if not self.finalists:
+            return known
+        scores = self._scores(ladder[-1], results)
+        stay = self._leading(scores, self.finalists) if scores else ()
+        return [c for c in known if c.label in stay]
 
     def full(self, c: Combination, results: Results) -> list[Job]:
-        """List the whole runs of a combination at its best value; none while there is no such value."""
-        value = self.best(c, results)
-        if self.values and value is None:
+        """List the whole runs of a combination at its best value; none while it is not known to get any."""
+        if c not in self.finals(results):
             return []
-        return [self.job(c, value, seed, c.steps) for seed in range(self.seeds)]
+        best = self.best(c, results)
+        return [self.job(c, best.value if best else None, seed, c.steps) for seed in range(self.seeds)]
 
     def jobs(self, results: Results) -> dict[str, Job]:
         """Return all runs by name, as far as the best values are known."""
-        return {job.name: job for c in self.combinations for job in [*self.sweep(c), *self.full(c, results)]}
+        return {job.name: job for c in self.combinations for job in [*self.sweep(c, results), *self.full(c, results)]}
 
     def expected(self) -> list[int]:
-        """Return the steps of every run, also of those whose value is not known yet."""
-        steps = [c.sweep_steps for c in self.combinations for _ in self.values]
-        for c in self.combinations:
-            shared = bool(self.values) and c.steps == c.sweep_steps  # seed 0 has been run by the sweep
+        """Return the steps of every run, also of those that are not known yet."""
+        n = len(self.values) or bool(self.finalists)
+        alive, steps = list(self.combinations), []
+        for rung in range(self.rungs if n else 0):
+            steps += [self.rung_steps(c, rung) for c in alive for _ in range(n)]
+            if rung < self.rungs - 1:
+                n = math.ceil(n / 2)
+                keep = 1 + max(self.finalists, math.ceil((len(alive) - 1) / 2)) if self.finalists else len(alive)
+                alive = alive[:keep]
+        if self.finalists:
+            alive = alive[: 1 + self.finalists]
+        for c in alive:
+            shared = bool(n) and c.steps == c.sweep_steps  # seed 0 has been run by the sweep
             steps += [c.steps] * (self.seeds - shared)
         return steps
 
@@ -127,26 +208,57 @@ def plan(args: flags.FlagValues) -> Study:
         raise InputError(
             f"optim.schedule_steps is {base.optim.schedule_steps}; set it to 0: it follows train.steps here."
         )
+    if args.rungs > 1 and not (args.sweep or args.finalists):
+        raise InputError(f"--rungs is {args.rungs} with nothing to choose from; give --sweep or --finalists too.")
     vary = [split_list("vary", word) for word in args.vary]
+    cases = read_cases(args.cases) if args.cases else []
     key, texts = split_list("sweep", args.sweep) if args.sweep else ("", [])
     taken = [name for name, _ in vary] + [key, "train.seed"]
     for name in taken:
         if taken.count(name) > 1:
             raise InputError(f"{name} is set twice; --vary, --sweep and --seeds (train.seed) take keys of their own.")
     values = sweep_values(key, texts) if key else []
-    chosen = itertools.product(*([(name, text) for text in options] for name, options in vary))
+    options = [[(f"{key.split('.', 1)[-1]}={text}", [f"{key}={text}"]) for text in texts] for key, texts in vary]
+    chosen = itertools.product(*([cases] if cases else []), *options)
     combinations = [combination(path, shared, choice, args.sweep_fraction) for choice in chosen]
-    study = Study(path, shared, base.to_json(), combinations, key, values, args.seeds, args.score)
+    if args.finalists and args.finalists >= len(combinations):
+        raise InputError(
+            f"--finalists is {args.finalists} of {len(combinations)} combinations, the first of which stays anyway; "
+            f"give a number below {len(combinations)}, or more to choose from with --cases or --vary."
+        )
+    how = dict(score=args.score, rungs=args.rungs, finalists=args.finalists)
+    study = Study(path, shared, base.to_json(), combinations, key, values, args.seeds, **how)
     check_configs(study)
     return study
 
 
-def combination(path: str, shared: list[str], choice: Sequence[tuple[str, str]], fraction: float) -> Combination:
-    """Make a combination of (key, value) pairs, or of none: what the config file says."""
-    label = ",".join(f"{key.split('.', 1)[-1]}={text}" for key, text in choice) or Path(path).stem
-    own = [f"{key}={text}" for key, text in choice]
+def combination(path: str, shared: list[str], choice: Sequence[tuple[str, list[str]]], fraction: float) -> Combination:
+    """Make a combination of (label, overrides) pairs, or of none: what the config file says."""
+    label = ",".join(name for name, _ in choice) or Path(path).stem
+    own = [override for _, overrides in choice for override in overrides]
     steps = overrides.make_config(path, [*shared, *own]).train.steps
-    return Combination(label, own, steps, max(1, round(steps * fraction)))
+    return Combination(label, own, steps, max(1, round(steps * fraction)), choice[0][0] if choice else label)
+
+
+def read_cases(path: str) -> list[tuple[str, list[str]]]:
+    """Return name and overrides of each case of a TOML file: a table for every case, its entries KEY = VALUE.
+
+    Raises:
+      InputError: the file is missing, is not TOML, or holds something else than such tables.
+    """
+    try:
+        made = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--cases is {path}, which cannot be read as TOML: {error}.") from None
+    for name, entries in made.items():
+        if not isinstance(entries, dict) or any(isinstance(value, dict | list) for value in entries.values()):
+            raise InputError(
+                f"--cases is {path}, where {name} is not a table of settings; write [{name}] and under it "
+                "lines such as 'model.epsilon' = 0.1."
+            )
+    if not made:
+        raise InputError(f"--cases is {path}, which has no table; write [NAME] and under it 'KEY' = VALUE.")
+    return [(name, [f"{key}={value}" for key, value in entries.items()]) for name, entries in made.items()]
 
 
 def split_list(flag: str, word: str) -> tuple[str, list[str]]:
@@ -172,7 +284,7 @@ def check_configs(study: Study) -> None:
     """Build the config of every run, and refuse two runs of one name."""
     names = set()
     for c in study.combinations:
-        for job in study.sweep(c) or study.full(c, {}):
+        for job in study.sweep(c, {}) or study.full(c, {}):
             made = overrides.make_config(study.config, job.overrides)
             made.resolved(made.model.vocab or 1)  # the tokenizer's vocabulary is not known yet
             if job.name in names:

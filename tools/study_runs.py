@@ -18,8 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from aether.config import build
 from aether.errors import AetherError, InputError, Stopped, StorageError
 from aether.storage import storage_errors
+from aether.train.flops import flops_per_step
 from tools.study_plan import RESULTS, Job, Study, read_results
 
 TRAIN = [sys.executable, "-m", "launch.train"]
@@ -144,10 +146,11 @@ def outcome(workdir: Path, steps: int, code: int, said: Sequence[str]) -> dict[s
     its train lines.
     """
     found: dict[str, Any] = dict(status="failed", loss=None, accuracy=None, losses={}, parameters=None)
-    found |= dict(git=None, exit=code, error="")
+    found |= dict(git=None, flops=None, exit=code, error="")
     if code not in (0, DIVERGED_EXIT):
         return found | dict(error="\n".join(said[-5:]) or f"exit code {code}")
-    found["git"] = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["git"]
+    made = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    found["git"], found["flops"] = made["git"], steps * flops_per_step(build(made["config"]))
     if code == DIVERGED_EXIT:
         return found | dict(status="diverged", error=said[-1] if said else "")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

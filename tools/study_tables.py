@@ -51,25 +51,35 @@ def unit_of(study: Study) -> str:
 
 def chosen(study: Study, c: Combination, results: Results) -> str:
     """Write the best value of a combination, marked if no value beyond it was tried."""
-    best = study.best(c, results)
+    job = study.best(c, results)
+    best = job and job.value
     return "none" if best is None else f"{best} (edge)" if edge(best, study.values) else str(best)
 
 
 def sweep_table(study: Study, results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows: a combination each, a column for every swept value, the best one bold."""
+    """Return head and rows: a combination each, a column for every swept value, the best one bold.
+
+    Where a value was left behind in a shorter rung, the steps of that follow in brackets.
+    """
     rows = []
     for c in study.combinations:
-        best = study.best(c, results)
-        cells = [(job.value, number(study.score_of(results.get(job.name)))) for job in study.sweep(c)]
-        rows.append([c.label, *(f"**{text}**" if value == best else text for value, text in cells)])
+        best, longest = study.best(c, results), {job.value: job for job in study.sweep(c, results)}
+        cells = []
+        for value in study.values:
+            job = longest[value]
+            text = number(study.score_of(results.get(job.name)))
+            text += f" ({job.steps})" if job.steps < c.sweep_steps else ""
+            cells.append(f"**{text}**" if job == best else text)
+        rows.append([c.label, *cells])
     return [study.key, *map(str, study.values)], rows
 
 
 def notes(study: Study, results: Results) -> list[str]:
     """Return the sentences under the tables."""
     found = []
-    for c in study.combinations:
-        best = study.best(c, results)
+    for c in study.combinations if study.values else []:
+        job = study.best(c, results)
+        best = job and job.value
         end = edge(best, study.values)
         if end:
             found.append(f"{c.label}: {study.key}={best} is the {end} value tried; let --sweep go beyond it.")
@@ -78,6 +88,9 @@ def notes(study: Study, results: Results) -> list[str]:
     failed = [r["run"] for r in records if r["status"] == "failed"]
     if failed:
         found.append(f"Failed, to be tried again by the same command: {', '.join(failed)}.")
+    if study.finalists:
+        losers = [c.label for c in study.combinations if c not in study.finals(results)]
+        found.append(f"Left behind: {', '.join(losers)}.")
     missing = len(study.expected()) - len(records)
     if missing > 0:
         found.append(f"{missing} runs are missing.")
@@ -132,18 +145,25 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(study: Study, results: Results, path: Path) -> None:
-    """Draw the losses of the sweep, a line for each combination, its best ringed; crosses at the top diverged."""
+    """Draw the losses of the sweep, a line for each combination, its best ringed; crosses at the top diverged.
+
+    Shorter rungs are dotted.
+    """
     figure = new_figure(8, 5, dpi=150)
     axis = figure.subplots()
     for c in study.combinations:
-        losses = [study.score_of(results.get(job.name)) for job in study.sweep(c)]
-        heights = [loss if loss is not None and math.isfinite(loss) else math.nan for loss in losses]
-        (line,) = axis.plot(study.values, heights, "o-", label=c.label)
-        lost = [value for value, loss in zip(study.values, losses, strict=True) if loss == math.inf]
-        top = axis.get_xaxis_transform()
-        axis.plot(lost, [0.98] * len(lost), "x", color=line.get_color(), transform=top)
-        best = [i for i, value in enumerate(study.values) if value == study.best(c, results)]
-        axis.plot(study.values, heights, "o", markevery=best, ms=13, mfc="none", color=line.get_color())
+        best, color = study.best(c, results), None
+        for steps in sorted({job.steps for job in study.sweep(c, results)}, reverse=True):
+            jobs = [job for job in study.sweep(c, results) if job.steps == steps]
+            at, losses = [job.value for job in jobs], [study.score_of(results.get(job.name)) for job in jobs]
+            heights = [loss if loss is not None and math.isfinite(loss) else math.nan for loss in losses]
+            how = dict(color=color, label=c.label) if color is None else dict(color=color, ls=":", ms=3)
+            (line,) = axis.plot(at, heights, "o-" if color is None else "o", **how)
+            color = line.get_color()
+            lost = [value for value, loss in zip(at, losses, strict=True) if loss == math.inf]
+            axis.plot(lost, [0.98] * len(lost), "x", color=color, transform=axis.get_xaxis_transform())
+            ringed = [i for i, job in enumerate(jobs) if job == best]
+            axis.plot(at, heights, "o", markevery=ringed, ms=13, mfc="none", color=color)
     if study.values[0] > 0:
         axis.set_xscale("log")
     axis.set_xticks(study.values, [f"{value:g}" for value in study.values])
@@ -154,4 +174,35 @@ def plot(study: Study, results: Results, path: Path) -> None:
     axis.grid(color="#e4e7eb")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
+    write_atomic(path, png(figure))
+
+
+def plot_compute(study: Study, results: Results, path: Path) -> None:
+    """Draw the mean scores of the whole runs over their FLOPs, a point a combination and a color a group.
+
+    A line joins the points of a group that no cheaper one of it beats; bars are standard errors.
+    """
+    figure = new_figure(8, 5, dpi=150)
+    axis = figure.subplots()
+    for group in dict.fromkeys(c.group for c in study.combinations):
+        points = []
+        for c in study.combinations:
+            known = [results[job.name] for job in study.full(c, results) if job.name in results]
+            scores = [score for r in known if (score := study.score_of(r)) is not None and math.isfinite(score)]
+            if c.group == group and scores:
+                points.append((known[0]["flops"], *mean_error(scores)))
+        if not points:
+            continue
+        points.sort()
+        x, y, error = zip(*points, strict=True)
+        drawn = axis.errorbar(x, y, [0.0 if math.isnan(e) else e for e in error], fmt="o", capsize=3, label=group)
+        front = [i for i in range(len(y)) if y[i] <= min(y[: i + 1])]
+        axis.plot([x[i] for i in front], [y[i] for i in front], "-", color=drawn.lines[0].get_color())
+    axis.set_xscale("log")
+    axis.set_xlabel("floating-point operations of the training")
+    axis.set_ylabel(f"validation {'loss (nats)' if study.score == 'loss' else 'error (%)'}")
+    axis.grid(color="#e4e7eb")
+    axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
     write_atomic(path, png(figure))

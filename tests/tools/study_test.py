@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aether.config import build
+from aether.train.flops import flops_per_step
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # tools/ is not installed
 study, plans, runs, tables = (
@@ -37,7 +40,7 @@ if mood == "missing":
     sys.exit(2)
 if mood == "crash" and rate == 1e-3:
     raise MemoryError("no room")
-(out / "config.json").write_text(json.dumps(dict(git="abc")))
+(out / "config.json").write_text(pathlib.Path(__file__).with_name("made.json").read_text())
 if mood == "nan" and rate == 1e-2:
     sys.exit(3)
 best, more = (1e-3, 0.25 + seed**2 / 1000) if kind == "gpt2" else (3e-3, 0)
@@ -54,11 +57,14 @@ arrays = {"params/a": dict(shape=[3, 4]), "params/b": dict(shape=[]), "opt_state
 (out / "checkpoints" / str(steps) / "meta.json").write_text(json.dumps(dict(arrays=arrays)))
 """
 
+TINY = build(dict(model=dict(layers=1, width=8, heads=1), data=dict(context=4, batch_size=2))).resolved(vocab=16)
+
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """Run a study with the stand-in; return exit code, stdout, stderr."""
     (tmp_path / "fake.py").write_text(FAKE)
+    (tmp_path / "made.json").write_text(json.dumps(dict(git="abc", config=TINY.to_json())))
     monkeypatch.setattr(runs, "TRAIN", [sys.executable, "-S", str(tmp_path / "fake.py")])
     monkeypatch.setattr(study.cli, "prepare_environment", lambda debug: None)
 
@@ -112,6 +118,78 @@ def test_each_combination_is_compared_at_its_own_best_value(call, tmp_path):
     found = lines(tmp_path / "out")
     assert sorted(r["steps"] for r in found) == [4] * 6 + [8] * 6 and "[12/12]" in err
     assert all(r["losses"]["other"] == 9.0 and "train.seed" in r["command"] and r["status"] == "done" for r in found)
+
+
+def test_whole_runs_are_drawn_over_what_they_cost(call, tmp_path):
+    assert call(*SWEEP)[0] == 0
+    assert {r["flops"] / r["steps"] for r in lines(tmp_path / "out")} == {flops_per_step(TINY)}
+    assert (tmp_path / "out/compute.png").stat().st_size > 10_000
+
+
+def made(out: Path) -> list[tuple]:
+    """Return (combination, value, steps, seed) of each run."""
+    return sorted((r["combination"], r["value"], r["steps"], r["seed"]) for r in lines(out))
+
+
+RATES = "--sweep=optim.learning_rate=1e-4,3e-4,1e-3,3e-3,1e-2"
+
+
+def test_halving_keeps_the_better_half_of_each(call, tmp_path):
+    """Of gpt2 1e-3 is the best, then 3e-3 and 3e-4; of aether 3e-3, then 1e-3 and 1e-2."""
+    words = ("--vary=model.kind=gpt2,aether", RATES, "--rungs=3", "--seeds=2", "--config.train.steps=16")
+    code, out, err = call(*words)
+    assert code == 0, err
+    found = made(tmp_path / "out")
+    kept = {
+        "kind=gpt2": ([3e-4, 1e-3, 3e-3], [1e-3, 3e-3], 1e-3),
+        "kind=aether": ([1e-3, 3e-3, 1e-2], [1e-3, 3e-3], 3e-3),
+    }
+    wanted = []
+    for kind, (second, third, best) in kept.items():
+        wanted += [(kind, v, 2, 0) for v in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)] + [(kind, v, 4, 0) for v in second]
+        wanted += [(kind, v, 8, 0) for v in third] + [(kind, best, 16, seed) for seed in (0, 1)]
+    assert found == sorted(wanted) and f"[{len(wanted)}/{len(wanted)}]" in err
+    sweep = [cells(row) for row in out.split("\n\n")[1].splitlines()[2:]]
+    assert [cell.partition(" ")[2] for cell in sweep[0][1:]] == ["(2)", "(4)", "", "", "(2)"]
+    assert [cell.startswith("**") for cell in sweep[1][1:]] == [False, False, False, True, False]
+    assert call(*words)[:2] == (code, out) and made(tmp_path / "out") == found
+    assert call("--table_only")[1] == out
+
+
+CASES = """
+[first]
+[near]
+"optim.learning_rate" = 1e-2
+[best]
+"optim.learning_rate" = 3e-3
+[far]
+"optim.learning_rate" = 1e-5
+"model.kind" = "gpt2"
+["a list, of 4"]
+"optim.learning_rate" = 1e-4
+"""
+
+
+def test_finalists_are_the_first_case_and_the_best(call, tmp_path):
+    """Scores, with a learning rate of 1e-3 where none is given: best, first, near, a list, far."""
+    (tmp_path / "cases.toml").write_text(CASES)
+    words = (f"--cases={tmp_path}/cases.toml", "--rungs=2", "--finalists=1", "--seeds=2", "--sweep_fraction=0.5")
+    code, out, err = call(*words)
+    assert code == 0, err
+    found = made(tmp_path / "out")
+    everyone = ["first", "near", "best", "far", "a list, of 4"]
+    wanted = [(name, None, 2, 0) for name in everyone] + [(name, None, 4, 0) for name in ("first", "near", "best")]
+    assert found == sorted([*wanted, *((n, None, 8, seed) for n in ("first", "best") for seed in (0, 1))], key=str)
+    assert "Left behind: near, far, a list, of 4." in out and f"[{len(found)}/{len(found)}]" in err
+    assert [cells(row)[0] for row in out.splitlines()[2:4]] == ["first", "near"] and "missing" not in out
+
+
+def test_a_failed_run_holds_the_halving_up(call, tmp_path):
+    words = ("--vary=model.kind=gpt2,aether", RATES, "--rungs=2", "--seeds=1")
+    code, out, err = call(*words, mood="crash")
+    assert code == 1 and "1e-3" not in out and {r["steps"] for r in lines(tmp_path / "out")} == {2}
+    assert "runs are missing" in out
+    assert call(*words)[0] == 0 and {r["steps"] for r in lines(tmp_path / "out")} == {2, 4, 8}
 
 
 def test_the_same_command_runs_nothing_twice(call, tmp_path):
@@ -206,6 +284,11 @@ def test_input_that_a_run_refuses_ends_the_study(call, tmp_path):
         (["--config.optim.schedule_steps=9"], "optim.schedule_steps is 9"),
         (["--config.data.validation_fraction=0"], "validation data"),
         (["--jobs=0"], "--jobs"),
+        (["--rungs=2"], "--sweep or --finalists"),
+        (["--finalists=2", "--vary=model.kind=gpt2,aether"], "--finalists is 2 of 2"),
+        (["--cases=nowhere.toml"], "cannot be read as TOML"),
+        ([f"--cases={CONFIG}"], "cannot be read as TOML"),
+        ([f"--cases={ROOT}/pyproject.toml"], "is not a table of settings"),
         (["--table_only"], "holds no study"),
     ],
 )
