@@ -158,13 +158,13 @@ def _calling(note: Note, kinds: tuple[type, ...]) -> Iterator[None]:
     """Have parts of these kinds note each call."""
     if YatNMN in kinds:  # which in a `YatMLP` is not called: its gradient is one with the linear map's
         kinds = (*kinds, YatMLP)
-    calls: dict[type, Callable] = {kind: kind.__call__ for kind in kinds}
 
-    def noting(call: Callable) -> Callable:
+    def noting(kind: type, call: Callable) -> Callable:
         def called(self: Any, x: Array, *args: Any, **kwargs: Any) -> Any:
             y = call(self, x, *args, **kwargs)
             if isinstance(self, YatMLP):
-                self.hidden.noted = Noted(note(self.hidden, x, calls[YatNMN](self.hidden, x), kwargs))  # type: ignore[attr-defined]
+                hidden = self.hidden
+                hidden.noted = Noted(note(hidden, x, calls[YatNMN](hidden, x), kwargs))  # type: ignore[attr-defined]
             elif isinstance(self, MLP):
                 self.noted = Noted(note(self, x, jax.nn.gelu(self.hidden(x)), kwargs))  # type: ignore[attr-defined]
             else:
@@ -173,10 +173,22 @@ def _calling(note: Note, kinds: tuple[type, ...]) -> Iterator[None]:
 
         return called
 
-    for kind in calls:
-        kind.__call__ = noting(calls[kind])  # type: ignore[method-assign]
-    try:
+    with wrapped(kinds, noting) as calls:
         yield
+
+
+@contextmanager
+def wrapped(kinds: tuple[type, ...], wrap: Callable[[type, Callable], Callable]) -> Iterator[dict[type, Callable]]:
+    """Have the calls of these classes be wrap(class, call), and afterwards what they were, which is yielded."""
+    calls: dict[type, Callable] = {kind: kind.__call__ for kind in kinds}
+    own = [kind for kind in kinds if "__call__" in vars(kind)]
+    try:
+        for kind, call in calls.items():
+            kind.__call__ = wrap(kind, call)  # type: ignore[method-assign]
+        yield calls
     finally:
-        for kind in calls:
-            kind.__call__ = calls[kind]  # type: ignore[method-assign]
+        for kind, call in calls.items():
+            if kind in own:
+                kind.__call__ = call  # type: ignore[method-assign]
+            else:
+                del kind.__call__  # which it inherits

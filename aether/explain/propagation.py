@@ -14,7 +14,7 @@ of those of ∂L/∂p.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from aether.explain.layers import BLOCKS, Noted, blocks_of
+from aether.explain.layers import BLOCKS, Noted, blocks_of, wrapped
 from aether.losses import Loss
 from aether.models.block import MLP, Block
 from aether.models.resnet import ResNet
@@ -54,7 +54,7 @@ def propagation(model: Any, loss: Loss, batch: dict[str, Any]) -> Propagation:
 
     Args:
       model: the network.
-      loss: of `aether.losses.loss_of`.
+      loss: of `aether.losses.loss_of`; the same object for the same program.
       batch: of the data, as the loss takes it.
     """
     model = nnx.merge(*nnx.split(model), copy=True)
@@ -62,26 +62,27 @@ def propagation(model: Any, loss: Loss, batch: dict[str, Any]) -> Propagation:
         blocks.probe = Probe(jnp.zeros(shape, jnp.float32), axes=())
     graph, probes, params, rest = nnx.split(model, Probe, nnx.Param, ...)  # type: ignore[misc]
 
-    @jax.jit
-    def run(probes: Any, params: Any, rest: Any, batch: dict[str, Array]) -> Any:
-        def total(probes: Any, params: Any) -> tuple[Array, Any]:
-            network = nnx.merge(graph, probes, params, rest, copy=True)  # variables of this trace
-            with _watched():
-                value, sums = loss(network, batch, None)
-            found = {name: _numbers(block) for name, block in blocks_of(network).items()}
-            return value, (found, value / sums["weight"])
-
-        with jax.default_matmul_precision("highest"):
-            (passed, grads), (found, mean) = jax.grad(total, (0, 1), has_aux=True)(probes, params)
-        at_block = {name: block.probe[...] for name, block in blocks_of(nnx.merge(graph, passed, grads, rest)).items()}
-        for name, numbers in found.items():
-            numbers["gradient"] = jnp.sqrt(at_block[name] / numbers.pop("size"))
-        pairs = zip(nnx.to_flat_state(params), nnx.to_flat_state(grads), strict=True)
-        return found, {"/".join(map(str, path)): _sizes(p, g) for (path, p), (_, g) in pairs}, mean
-
-    found, sizes, mean = jax.device_get(run(probes, params, rest, jax.tree.map(jnp.asarray, batch)))
+    found, sizes, mean = jax.device_get(_run(graph, loss, probes, params, rest, jax.tree.map(jnp.asarray, batch)))
     blocks = {name: {key: float(value) for key, value in found[name].items()} for name in blocks_of(model)}
     return Propagation(blocks, sizes, float(mean))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(graph: nnx.GraphDef, loss: Loss, probes: Any, params: Any, rest: Any, batch: dict[str, Array]) -> Any:
+    def total(probes: Any, params: Any) -> tuple[Array, Any]:
+        network = nnx.merge(graph, probes, params, rest, copy=True)  # variables of this trace
+        with wrapped((*BLOCKS, *_BRANCHES), _watched):
+            value, sums = loss(network, batch, None)
+        found = {name: _numbers(block) for name, block in blocks_of(network).items()}
+        return value, (found, value / sums["weight"])
+
+    with jax.default_matmul_precision("highest"):
+        (passed, grads), (found, mean) = jax.grad(total, (0, 1), has_aux=True)(probes, params)
+    at_block = {name: block.probe[...] for name, block in blocks_of(nnx.merge(graph, passed, grads, rest)).items()}
+    for name, numbers in found.items():
+        numbers["gradient"] = jnp.sqrt(at_block[name] / numbers.pop("size"))
+    pairs = zip(nnx.to_flat_state(params), nnx.to_flat_state(grads), strict=True)
+    return found, {"/".join(map(str, path)): _sizes(p, g) for (path, p), (_, g) in pairs}, mean
 
 
 def _stacks(model: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
@@ -118,34 +119,23 @@ _probed.defvjp(lambda y, probe: (y, None), _probed_back)
 _BRANCHES = (Attention, YatLinearAttention, YatMLP, MLP)
 
 
-@contextmanager
-def _watched() -> Iterator[None]:
-    """Have blocks and the branches of transformers note what they do, and gradients pass the blocks' probes."""
-    calls: dict[type, Callable] = {kind: kind.__call__ for kind in (*BLOCKS, *_BRANCHES)}
+def _watched(kind: type, call: Callable) -> Callable:
+    """Return the call of a block or branch so that it notes what it does, and a block's gradient passes its probe."""
 
-    def watched(kind: type) -> Callable:
-        def called(self: Any, x: Array, *args: Any, **kwargs: Any) -> Any:
-            result = calls[kind](self, x, *args, **kwargs)
-            y, *more = result if isinstance(result, tuple) else (result,)
-            noted = dict(scale=_rms(y))
-            if kind is Attention:  # and `YatAttention`, which inherits the call
-                noted["entropy"] = _entropy(self, x, kwargs["is_causal"])
-            if kind in BLOCKS:
-                noted = dict(stream=_rms(x), size=jnp.float32(y.size))
-                noted |= dict(added=_rms(y - x)) if y.shape == x.shape else {}
-                y = _probed(y, self.probe[...])
-            self.noted = Noted(noted)
-            return (y, *more) if more else y
+    def called(self: Any, x: Array, *args: Any, **kwargs: Any) -> Any:
+        result = call(self, x, *args, **kwargs)
+        y, *more = result if isinstance(result, tuple) else (result,)
+        noted = dict(scale=_rms(y))
+        if kind is Attention:  # and `YatAttention`, which inherits the call
+            noted["entropy"] = _entropy(self, x, kwargs["is_causal"])
+        if kind in BLOCKS:
+            noted = dict(stream=_rms(x), size=jnp.float32(y.size))
+            noted |= dict(added=_rms(y - x)) if y.shape == x.shape else {}
+            y = _probed(y, self.probe[...])
+        self.noted = Noted(noted)
+        return (y, *more) if more else y
 
-        return called
-
-    for kind in calls:
-        kind.__call__ = watched(kind)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for kind in calls:
-            kind.__call__ = calls[kind]  # type: ignore[method-assign]
+    return called
 
 
 def _numbers(block: Any) -> dict[str, Array]:
