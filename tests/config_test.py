@@ -40,6 +40,18 @@ def test_the_keys_that_others_rely_on_exist():
     assert Config().train.log_every == 1
 
 
+def test_rates_are_grouped_in_aether_alone():
+    for kind, (family, _) in KINDS.items():
+        made = with_(model=dict(kind=kind)).resolved(100, PICTURES if family in ("vit", "resnet") else None).optim
+        assert made.rates == ("grouped" if kind == "aether" else "one"), kind
+    rates = {size: with_(model=dict(size=size)).resolved(100).optim.learning_rate for size in SIZES["gpt"]}
+    assert set(rates.values()) == {1e-2}, "the width decides what it becomes"
+    one = with_(model=dict(size="124m"), optim=dict(rates="one")).resolved(100).optim
+    assert one.learning_rate == pytest.approx(1.2e-3)
+    with pytest.raises(InputError, match="optim.rates is grouped, which is for transformers, not for aether_resnet"):
+        with_(model=dict(kind="aether_resnet"), optim=dict(rates="grouped")).resolved(0, PICTURES)
+
+
 def test_what_may_change_on_resume_is_what_was_promised():
     for key, f in knobs():
         assert f.metadata["free"] == bool(re.fullmatch(FREE, key)), key

@@ -15,7 +15,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from aether.config.data import DataConfig, ImageConfig, Pictures
-from aether.config.kinds import BASELINES, KINDS, LEARNING_RATES, RATE_FACTORS, SIZES
+from aether.config.kinds import BASELINES, GROUPED_RATE, KINDS, LEARNING_RATES, RATE_FACTORS, RATES, SIZES
 from aether.config.model import ModelConfig
 from aether.config.run import CheckpointConfig, FaultsConfig, MeshConfig, OptimConfig, TrainConfig
 from aether.config.section import AUTO
@@ -71,7 +71,11 @@ class Config:
                 image, **{k: getattr(image, k) or known[k] for k in ("size", "channels", "mean", "std")}
             )
         model = self.model.resolved(pictures.classes if pictures else vocab, image.size)
-        rate = self.optim.learning_rate or LEARNING_RATES[model.family][model.size] * RATE_FACTORS[model.kind]
+        rates = RATES[model.kind] if self.optim.rates == AUTO else self.optim.rates
+        if rates == "grouped" and model.family == "resnet":
+            raise InputError(f"optim.rates is grouped, which is for transformers, not for {model.kind}; set it to one.")
+        usual = LEARNING_RATES[model.family][model.size] * RATE_FACTORS[model.kind]
+        rate = self.optim.learning_rate or (GROUPED_RATE if rates == "grouped" else usual)
         self._check_task()
         if self.optim.rkhs_decay and not model.prototypes:
             raise InputError(
@@ -80,7 +84,7 @@ class Config:
             )
         self._check_telemetry(model)
         length = self.optim.schedule_steps or self.train.steps
-        optim = dataclasses.replace(self.optim, learning_rate=rate, schedule_steps=length)
+        optim = dataclasses.replace(self.optim, learning_rate=rate, rates=rates, schedule_steps=length)
         if self.data.batch_size % self.train.accumulate:
             raise InputError(
                 f"data.batch_size is {self.data.batch_size} and train.accumulate {self.train.accumulate}; "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aether.config.section import Section, knob
+from aether.config.section import AUTO, Section, knob
 from aether.errors import InputError
 
 
@@ -12,6 +12,14 @@ class OptimConfig(Section, prefix="optim"):
 
     name: str = knob("adamw", "adamw, or muon for matrices with AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = knob(0.0, "peak learning rate (0: by kind and size)", low=0.0, auto=True)
+    rates: str = knob(
+        AUTO,
+        "one learning rate, or grouped: that of ⵟ transformers, times a factor by group, and for matrices of networks "
+        "wider than optim.base_width times base_width / width (auto: by kind)",
+        choices=(AUTO, "one", "grouped"),
+        auto=True,
+    )
+    base_width: int = knob(128, "width of the residual stream at which the learning rate was found", low=1)
     schedule: str = knob("cosine", "shape after warm-up", choices=("cosine", "wsd", "linear", "constant"))
     schedule_steps: int = knob(0, "steps of the whole schedule (0: train.steps)", low=0, auto=True)
     warmup_steps: int = knob(100, "steps of linear warm-up", low=0)

@@ -1,6 +1,7 @@
 """The optimizer: optax's, with decay masks, learning rates by parameter path, and schedules."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from aether.config import OptimConfig
+from aether.config.kinds import GROUP_RATES
 from aether.errors import InputError
 
 
@@ -74,8 +76,18 @@ def decay_mask(c: OptimConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def learning_rate_scales(c: OptimConfig, params: Any) -> Any:
+def learning_rate_scales(c: OptimConfig, params: Any, width: int = 0) -> Any:
     """Return each parameter's learning rate factor, that of the first expression in `lr_scale` found in its path.
+
+    With `rates="grouped"` times that of its group (`aether.config.kinds.GROUP_RATES`), and times base_width / width of
+    kernels in wider networks, each of which sums over a number of inputs that grows with the width: Adam's steps have
+    one size whatever the gradient's, so that their sum would grow as well (Yang et al., 2022, arXiv 2203.03466). Tables
+    are read row by row, and keep theirs.
+
+    Args:
+      c: resolved.
+      params: shapes are enough.
+      width: of the residual stream.
 
     Raises:
       InputError: an expression that is not valid, or that no path matches.
@@ -83,12 +95,19 @@ def learning_rate_scales(c: OptimConfig, params: Any) -> Any:
     check_expressions(c)
     unused = set(c.lr_scale)
 
-    def one(path: tuple, v: nnx.Variable) -> float:
-        for expression, factor in c.lr_scale.items():
+    def first(factors: Mapping[str, float], path: tuple) -> float:
+        for expression, factor in factors.items():
             if re.search(expression, name(path)):
                 unused.discard(expression)
                 return factor
         return 1.0
+
+    def one(path: tuple, v: nnx.Variable) -> float:
+        factor = first(c.lr_scale, path)
+        if c.rates == "grouped":
+            factor *= first(GROUP_RATES, path)
+            factor *= min(1.0, c.base_width / width) if name(path).endswith("kernel") else 1.0
+        return factor
 
     scales = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
     if unused:

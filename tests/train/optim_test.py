@@ -139,6 +139,23 @@ def test_learning_rates_by_path_the_first_match_counts():
     assert scales["blocks/mlp/out/kernel"] == 1.0
 
 
+def test_grouped_rates_are_by_group_and_width():
+    """Points keep the learning rate, linear maps of attention and tables have their own, wide kernels less."""
+    c = OptimConfig(rates="grouped", base_width=128)
+    narrow, wide = (named(learning_rate_scales(c, params_of("aether"), width)) for width in (128, 512))
+    attention = dict(query=1.0, key=1.0, value=0.3, out=0.3)
+    wanted = {f"blocks/attention/{k}/kernel": v for k, v in attention.items()}
+    wanted |= {"blocks/mlp/hidden/kernel": 1.0, "blocks/mlp/out/kernel": 1.0, "head/kernel": 1.0}
+    kept = {f"blocks/{k}": 1.0 for k in ("attention/alpha", "attention/bias", "attention/epsilon_param")}
+    kept |= {f"blocks/mlp/hidden/{k}": 1.0 for k in ("alpha", "bias", "epsilon_param")} | {"embed/embedding": 3.0}
+    assert narrow == wanted | kept
+    assert wide == {k: v / 4 for k, v in wanted.items()} | kept
+    assert named(learning_rate_scales(c, params_of("aether"), 16)) == narrow, "narrower ones were not measured"
+    own = OptimConfig(rates="grouped", lr_scale={"out": 10.0})
+    assert named(learning_rate_scales(own, params_of("aether"), 256))["blocks/attention/out/kernel"] == 10 * 0.3 / 2
+    assert set(named(learning_rate_scales(OptimConfig(rates="one"), params_of("aether"), 512)).values()) == {1.0}
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
