@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 
 from aether.errors import InputError
-from aether.explain.layers import blocks_of, layer_of, layers_of, seen
-from aether.nn import YatAttention, YatLinearAttention, YatNMN
+from aether.explain.layers import blocks_of, layer_of, layers_of, seen, wrapped
+from aether.nn import Attention, YatAttention, YatLinearAttention, YatNMN
 from aether.testing import drawn_state, inputs_of, network_config
 
 
@@ -48,3 +48,23 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are():
         layer_of(model, "blocks.0.attention", YatNMN)
     with pytest.raises(InputError, match="none: the network has no ⵟ units"):
         layer_of(made("gpt2")[0], "blocks.0.mlp.hidden")
+
+
+def test_wrapped_calls_are_afterwards_what_they_were():
+    """A class that inherits its call inherits it again: a later wrapper of the parent's must reach it."""
+    told, before = [], Attention.__call__
+
+    def telling(kind, call):
+        return lambda *args: told.append(kind)
+
+    for kinds in ((YatAttention, Attention), (Attention,)):
+        told.clear()
+        with wrapped(kinds, telling) as calls:
+            YatAttention.__call__(None)
+            Attention.__call__(None)
+            assert calls == dict.fromkeys(kinds, before)
+        assert told == [kinds[0], Attention]
+    assert "__call__" not in vars(YatAttention) and YatAttention.__call__ is Attention.__call__ is before
+    with pytest.raises(RuntimeError), wrapped((YatNMN,), telling):
+        raise RuntimeError
+    assert "lambda" not in repr(YatNMN.__call__)
