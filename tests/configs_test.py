@@ -1,12 +1,15 @@
 """Every shipped config: it builds, resolves, keeps to the schema, and documents itself."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from aether.config import Pictures, build, knobs
 from aether.config.kinds import BASELINES, OPEN
+from aether.models import describe_model
+from aether.train.optim import learning_rate_scales
 from launch.overrides import load_config, make_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -55,6 +58,19 @@ def test_says_what_command_time_and_result(path):
     for key in ("path", "tokenizer"):
         left_open = values(path)["data"][key] in ("", "gpt2:")
         assert left_open == (f"--config.data.{key}=" in doc), f"{path.name}: data.{key} left open <=> in the command"
+
+
+def test_cases_of_studies_build_and_their_expressions_find_parameters():
+    for path in sorted((FOLDER / "studies").glob("*.toml")):
+        cases = tomllib.loads(path.read_text(encoding="utf-8"))
+        assert len(cases) > 1 and not next(iter(cases.values())), f"{path.name} begins with the recipe as it is"
+        for name, entries in cases.items():
+            words = ["data.path=x", *(f"{key}={value}" for key, value in entries.items())]
+            config = make_config(str(FOLDER / "shakespeare_char.py"), words).resolved(66)
+            learning_rate_scales(config.optim, describe_model(config)[1], config.model.width)
+            assert config != make_config(str(FOLDER / "shakespeare_char.py"), words[:1]).resolved(66) or not entries, (
+                name
+            )
 
 
 def test_quickstart_needs_nothing_else():
