@@ -209,7 +209,7 @@ def picture(key: str, found: Check) -> bytes:
         axis.set_title(name)
         axis.set_xlabel(key)
         axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(title="steps", frameon=False, fontsize=7)
+    axis.legend(title="steps", frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return png(figure)
 
 
