@@ -27,7 +27,7 @@ def values(tmp_path_factory):
     return dict(
         model=dict(layers=1, heads=2, width=16, dtype="float32"),
         data=dict(path=str(tiny_text(tmp_path_factory.mktemp("text"))), context=8, batch_size=4),
-        optim=dict(learning_rate=3e-2, warmup_steps=4, schedule="constant"),
+        optim=dict(learning_rate=3e-2, rates="one", warmup_steps=4, schedule="constant"),
         train=dict(steps=40, eval_every=0, sample_tokens=0, eval_batches=1),
         checkpoint=dict(every=8),
         faults=dict(spike_sigma=3.5, spike_window=4, spike_action="rewind", max_rewinds=20),
