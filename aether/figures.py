@@ -17,6 +17,12 @@ def new_figure(width: float, height: float, dpi: int = 140) -> Any:
     return figure
 
 
+def plain(axis: Any) -> None:
+    """Give an axis a light grid, and no frame at the top and the right."""
+    axis.grid(color="#e4e7eb")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def png(figure: Any) -> bytes:
     """Return a figure as PNG."""
     buffer = io.BytesIO()

@@ -24,7 +24,7 @@ from absl import flags
 
 from aether.config import Config
 from aether.errors import InputError
-from aether.figures import new_figure, png
+from aether.figures import new_figure, plain, png
 from aether.storage import write_atomic
 from launch import cli, overrides
 from tools.study_plan import split_list, sweep_values
@@ -208,7 +208,7 @@ def picture(key: str, found: Check) -> bytes:
         axis.set_xticks(list(found), [f"{value:g}" for value in found])
         axis.set_title(name)
         axis.set_xlabel(key)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
     axis.legend(title="steps", frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return png(figure)
 

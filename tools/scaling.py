@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from aether.errors import InputError
-from aether.figures import new_figure, png
+from aether.figures import new_figure, plain, png
 from aether.storage import write_atomic
 from launch import cli, overrides
 from tools.study_plan import read_plan, read_results
@@ -61,7 +61,7 @@ def main(args: flags.FlagValues) -> None:
     points = [target(text) for text in args.at]
     groups = runs_of(folder)
     laws = {name: fit(runs) for name, runs in groups.items()}
-    drawn = bootstrap(groups, args.draws, np.random.default_rng(0))
+    drawn = bootstrap(groups, laws, args.draws, np.random.default_rng(0))
     print(markdown(*law_table(groups, laws, drawn)))
     if points:
         print("\n" + markdown(*prediction_table(laws, drawn, points)))
@@ -144,16 +144,17 @@ def _logs(law: Law, scale_n: float, scale_d: float) -> tuple[float, ...]:
     return math.log(max(law.e, 1e-300)), a, law.alpha, b, law.beta
 
 
-def bootstrap(groups: dict[str, list[Run]], draws: int, rng: np.random.Generator) -> list[dict[str, Law]]:
-    """Return laws of runs drawn anew, the same places of every group in each draw."""
+def bootstrap(
+    groups: dict[str, list[Run]], laws: dict[str, Law], draws: int, rng: np.random.Generator
+) -> list[dict[str, Law]]:
+    """Return laws of runs drawn anew, the same places of every group in each draw; the fits start from `laws`."""
     places = sorted({run.place for runs in groups.values() for run in runs})
-    best = {name: fit(runs) for name, runs in groups.items()}
     found: list[dict[str, Law]] = []
     while len(found) < draws:
         picked = [places[i] for i in rng.integers(0, len(places), len(places))]
         drawn = {name: [run for place in picked for run in runs if run.place == place] for name, runs in groups.items()}
         if all(len({run.n for run in runs}) > 1 and len({run.d for run in runs}) > 1 for runs in drawn.values()):
-            found.append({name: fit(runs, best[name]) for name, runs in drawn.items()})
+            found.append({name: fit(runs, laws[name]) for name, runs in drawn.items()})
     return found
 
 
@@ -208,8 +209,7 @@ def picture(groups: dict[str, list[Run]], laws: dict[str, Law]) -> bytes:
         axis.set_xscale("log")
         axis.set_title(name)
         axis.set_xlabel("tokens or images seen")
-        axis.grid(color="#e4e7eb")
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
         axis.legend(title="parameters", frameon=False)
     axes[0].set_ylabel("validation loss (nats)")
     return png(figure)

@@ -144,40 +144,49 @@ class Study:
 
     def best(self, c: Combination, results: Results) -> Job | None:
         """Return the run with the lowest score in the longest rung so far; None where none has a finite one."""
+        return self._best(c, self.ladder(results), results)
+
+    def _best(self, c: Combination, ladder: Sequence[Sequence[Job]], results: Results) -> Job | None:
         found: Job | None = None
-        for rung in self.ladder(results):
+        for rung in ladder:
             scored = [(self.score_of(results.get(job.name)), job) for job in rung if job.combination == c.label]
             finite = [(score, job) for score, job in scored if score is not None and math.isfinite(score)]
             found = min(finite, key=lambda pair: pair[0])[1] if finite else found
         return found
 
-    def finals(self, results: Results) -> list[Combination]:
-        """Return the combinations that get whole runs: all, or the first and the best `finalists` once they are known.
+    def finals(self, results: Results) -> dict[str, Job | None]:
+        """Return which combinations get whole runs, by label, and the run of the sweep with the best value of each.
 
-        A combination none of whose sweep's runs has ended well gets none.
+        That are all, or the first and the best `finalists` once they are known. A combination none of whose sweep's
+        runs has ended well gets none.
         """
         ladder = self.ladder(results)
         if not ladder:
-            return self.combinations
+            return {c.label: None for c in self.combinations}
         if len(ladder) < self.rungs:
-            return []
-        known = [c for c in self.combinations if self.best(c, results)]
-        if not self.finalists:
-            return known
-        scores = self._scores(ladder[-1], results)
-        stay = self._leading(scores, self.finalists) if scores else ()
-        return [c for c in known if c.label in stay]
+            return {}
+        best = {c.label: self._best(c, ladder, results) for c in self.combinations}
+        stay = set(best)
+        if self.finalists:
+            scores = self._scores(ladder[-1], results)
+            stay = self._leading(scores, self.finalists) if scores else set()
+        return {label: job for label, job in best.items() if job and label in stay}
 
     def full(self, c: Combination, results: Results) -> list[Job]:
         """List the whole runs of a combination at its best value; none while it is not known to get any."""
-        if c not in self.finals(results):
+        return self._full(c, self.finals(results))
+
+    def _full(self, c: Combination, finals: Mapping[str, Job | None]) -> list[Job]:
+        if c.label not in finals:
             return []
-        best = self.best(c, results)
+        best = finals[c.label]
         return [self.job(c, best.value if best else None, seed, c.steps) for seed in range(self.seeds)]
 
     def jobs(self, results: Results) -> dict[str, Job]:
         """Return all runs by name, as far as the best values are known."""
-        return {job.name: job for c in self.combinations for job in [*self.sweep(c, results), *self.full(c, results)]}
+        finals = self.finals(results)
+        whole = [job for c in self.combinations for job in self._full(c, finals)]
+        return {job.name: job for rung in [*self.ladder(results), whole] for job in rung}
 
     def expected(self) -> list[int]:
         """Return the steps of every run, also of those that are not known yet."""

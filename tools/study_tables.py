@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aether.config import build
-from aether.figures import new_figure, png
+from aether.figures import new_figure, plain, png
 from aether.storage import write_atomic
 from tools.study_plan import Combination, Results, Study
 
@@ -89,7 +89,8 @@ def notes(study: Study, results: Results) -> list[str]:
     if failed:
         found.append(f"Failed, to be tried again by the same command: {', '.join(failed)}.")
     if study.finalists:
-        losers = [c.label for c in study.combinations if c not in study.finals(results)]
+        finals = study.finals(results)
+        losers = [c.label for c in study.combinations if c.label not in finals]
         found.append(f"Left behind: {', '.join(losers)}.")
     missing = len(study.expected()) - len(records)
     if missing > 0:
@@ -170,27 +171,29 @@ def plot(study: Study, results: Results, path: Path) -> None:
     axis.minorticks_off()
     axis.set_xlabel(study.key)
     what = "loss (nats)" if study.score == "loss" else "error (%)"
-    axis.set_ylabel(f"validation {what} after {study.combinations[0].sweep_steps} steps")
-    axis.grid(color="#e4e7eb")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    lengths = sorted({c.sweep_steps for c in study.combinations})
+    axis.set_ylabel(f"validation {what} after {' or '.join(map(str, lengths))} steps")
+    plain(axis)
+    beside = dict(loc="upper left", bbox_to_anchor=(1.0, 1.0)) if len(study.combinations) > 4 else {}
+    axis.legend(frameon=False, **beside)
     write_atomic(path, png(figure))
 
 
 def plot_compute(study: Study, results: Results, path: Path) -> None:
     """Draw the mean scores of the whole runs over their FLOPs, a point a combination and a color a group.
 
-    A line joins the points of a group that no cheaper one of it beats; bars are standard errors.
+    A line joins the points of a group that no cheaper one of it beats; bars are standard errors. Runs of an earlier
+    version, which did not write their FLOPs down, are left out.
     """
     figure = new_figure(8, 5, dpi=150)
     axis = figure.subplots()
     for group in dict.fromkeys(c.group for c in study.combinations):
         points = []
         for c in study.combinations:
-            known = [results[job.name] for job in study.full(c, results) if job.name in results]
-            scores = [score for r in known if (score := study.score_of(r)) is not None and math.isfinite(score)]
-            if c.group == group and scores:
-                points.append((known[0]["flops"], *mean_error(scores)))
+            records = [results.get(job.name, {}) for job in study.full(c, results) if c.group == group]
+            known = [r for r in records if r.get("flops") and r["status"] == "done"]
+            if known:
+                points.append((known[0]["flops"], *mean_error([study.score_of(r) for r in known])))
         if not points:
             continue
         points.sort()
@@ -201,8 +204,7 @@ def plot_compute(study: Study, results: Results, path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xlabel("floating-point operations of the training")
     axis.set_ylabel(f"validation {'loss (nats)' if study.score == 'loss' else 'error (%)'}")
-    axis.grid(color="#e4e7eb")
-    axis.spines[["top", "right"]].set_visible(False)
+    plain(axis)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False)
     write_atomic(path, png(figure))

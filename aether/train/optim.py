@@ -76,7 +76,7 @@ def decay_mask(c: OptimConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def learning_rate_scales(c: OptimConfig, params: Any, width: int = 0) -> Any:
+def learning_rate_scales(c: OptimConfig, params: Any, width: int) -> Any:
     """Return each parameter's learning rate factor, that of the first expression in `lr_scale` found in its path.
 
     With `rates="grouped"` times that of its group (`aether.config.kinds.GROUP_RATES`), and times base_width / width of

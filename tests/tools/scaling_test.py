@@ -55,7 +55,8 @@ def test_intervals_hold_the_truth_and_shrink_with_the_noise(folder):
     widths = []
     for noise in (1e-3, 4e-3):
         groups = tool.runs_of(folder(noise))
-        drawn = tool.bootstrap(groups, 60, np.random.default_rng(1))
+        laws = {name: tool.fit(runs) for name, runs in groups.items()}
+        drawn = tool.bootstrap(groups, laws, 60, np.random.default_rng(1))
         at = [[laws[name](162e6, 2.5e9) for laws in drawn] for name in LAWS]
         difference = np.subtract(at[1], at[0])
         truth = LAWS["kind=aether"](162e6, 2.5e9) - LAWS["kind=gpt2"](162e6, 2.5e9)

@@ -133,7 +133,7 @@ def test_decay_is_for_matrices_by_path():
 
 def test_learning_rates_by_path_the_first_match_counts():
     c = OptimConfig(lr_scale={"embed": 0.5, "embedding|head": 0.1, "alpha": 3.0})
-    scales = named(learning_rate_scales(c, params_of("aether")))
+    scales = named(learning_rate_scales(c, params_of("aether"), 16))
     assert (scales["embed/embedding"], scales["head/kernel"]) == (0.5, 0.1)
     assert scales["blocks/attention/alpha"] == scales["blocks/mlp/hidden/alpha"] == 3.0
     assert scales["blocks/mlp/out/kernel"] == 1.0
@@ -166,7 +166,7 @@ def test_grouped_rates_are_by_group_and_width():
 )
 def test_expressions_that_cannot_mean_anything_are_refused(knobs, message):
     with pytest.raises(InputError, match=message):
-        learning_rate_scales(OptimConfig(**knobs), params_of("aether"))
+        learning_rate_scales(OptimConfig(**knobs), params_of("aether"), 16)
 
 
 COSINE_MIDDLE = 0.1 + 0.9 * 0.5
