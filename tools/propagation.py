@@ -41,7 +41,7 @@ def main(args: flags.FlagValues) -> None:
         raise InputError(f"--workdir is {args.workdir}, whose config is known; leave --config and --vary out.")
     if args.vary:
         key, texts = split_list("vary", args.vary)
-        values = sweep_values(key, texts)
+        values = sweep_values(key, texts, "vary")
         found = {value: trained(args.config, [*args.override, f"{key}={value:g}"], args.steps) for value in values}
         print(coordinate_table(key, found))
         if args.out:

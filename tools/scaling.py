@@ -87,7 +87,7 @@ def runs_of(folder: Path) -> dict[str, list[Run]]:
     Raises:
       InputError: a group has too few of them, or of too few sizes or lengths, for five numbers.
     """
-    study, results = read_plan(folder), read_results(folder)
+    study, results = read_plan(folder, "study"), read_results(folder)
     groups: dict[str, list[Run]] = {}
     for c in study.combinations:
         per_step = overrides.make_config(study.config, [*study.overrides, *c.overrides]).per_step

@@ -279,13 +279,15 @@ def split_list(flag: str, word: str) -> tuple[str, list[str]]:
     return key, values
 
 
-def sweep_values(key: str, texts: Sequence[str]) -> list[float]:
-    """Return the swept numbers in rising order."""
+def sweep_values(key: str, texts: Sequence[str], flag: str = "sweep") -> list[float]:
+    """Return the numbers that a flag gives for a key, in rising order."""
     kind = {k: f.type for k, f in knobs()}.get(key)
     if kind is None:
-        raise InputError(f"--sweep names {key}, which is no key of the config; optim.learning_rate is one.")
+        raise InputError(f"--{flag} names {key}, which is no key of the config; optim.learning_rate is one.")
     if kind not in (int, float):
-        raise InputError(f"--sweep names {key}, which is not a number; give it to --vary.")
+        raise InputError(
+            f"--{flag} names {key}, which is not a number" + ("; give it to --vary." if flag == "sweep" else ".")
+        )
     return sorted(overrides.parse(key, text, kind) for text in texts)
 
 
@@ -311,10 +313,10 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def read_plan(out: Path) -> Study:
-    """Return the study that a folder holds."""
+def read_plan(out: Path, flag: str = "out") -> Study:
+    """Return the study that a folder, given by a flag, holds."""
     if not (out / PLAN).exists():
-        raise InputError(f"--out is {out}, which holds no study; give the folder of one, or leave --table_only out.")
+        raise InputError(f"--{flag} is {out}, which holds no study; give the --out of one that was begun.")
     made = json.loads((out / PLAN).read_text(encoding="utf-8"))
     return Study(**{**made, "combinations": [Combination(**c) for c in made["combinations"]]})
 

@@ -81,7 +81,7 @@ def test_a_trained_run_is_looked_at_as_it_is(call, tmp_path):
     ("words", "said"),
     [
         (["--vary=model.width"], "write --vary=KEY=VALUE"),
-        (["--vary=model.kind=gpt2,aether"], "not a number"),
+        (["--vary=model.kind=gpt2,aether"], "--vary names model.kind, which is not a number."),
         (["--steps=0"], "--steps"),
         (["--workdir=nowhere"], "whose config is known"),
     ],

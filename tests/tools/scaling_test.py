@@ -89,7 +89,7 @@ def test_tables_and_picture(folder, tmp_path, capsys, monkeypatch):
     ("argv", "said"),
     [
         ([], "--study is missing"),
-        (["--study=nowhere"], "holds no study"),
+        (["--study=nowhere"], "--study is nowhere, which holds no study"),
         (["--study=.", "--at=124m:162e6"], "write NAME:PARAMETERS:TOKENS"),
         (["--study=.", "--at=124m:many:1"], "write NAME:PARAMETERS:TOKENS"),
     ],
