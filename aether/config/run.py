@@ -41,6 +41,7 @@ class OptimConfig(Section, prefix="optim"):
     )
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
     momentum: float = knob(0.95, "momentum of muon", low=0.0, high=0.9999)
+    no_muon: str = knob("", "regular expression over parameter paths that muon leaves to AdamW (empty: none)")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ def name(path: tuple) -> str:
 
 def check_expressions(c: OptimConfig) -> None:
     """Raise `InputError` unless every expression over parameter paths is a regular expression."""
-    for key, expression in [("no_decay", c.no_decay), *[("lr_scale", e) for e in c.lr_scale]]:
+    for key, expression in [("no_decay", c.no_decay), ("no_muon", c.no_muon), *[("lr_scale", e) for e in c.lr_scale]]:
         try:
             re.compile(expression)
         except re.error as e:
@@ -32,8 +33,8 @@ def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
     """Return the transformation from gradients to steps of learning rate 1: clip, AdamW or Muon, decay.
 
     Muon orthogonalises the matrices inside the stacked blocks, and kernels of convolutions as matrices from patches to
-    features; embeddings, stem, head and vectors stay with Adam. Its steps
-    are scaled to Adam's size (Liu et al., 2025, arXiv 2502.16982), so that both share one learning rate.
+    features; embeddings, stem, head, vectors and what `no_muon` finds stay with Adam. Its steps are scaled to Adam's size
+    (Liu et al., 2025, arXiv 2502.16982), so that both share one learning rate.
     """
     check_expressions(c)
     adam = optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), optax.scale(-1.0))
@@ -44,7 +45,7 @@ def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
         adam_b1=c.beta1,
         adam_b2=c.beta2,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=_muon_axes,
+        muon_weight_dimension_numbers=partial(_muon_axes, c),
     )
     return optax.chain(
         optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
@@ -53,8 +54,10 @@ def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-def _muon_axes(params: Any) -> Any:
-    def one(v: nnx.Variable) -> MuonDimensionNumbers | None:
+def _muon_axes(c: OptimConfig, params: Any) -> Any:
+    def one(path: tuple, v: nnx.Variable) -> MuonDimensionNumbers | None:
+        if c.no_muon and re.search(c.no_muon, name(path)):
+            return None
         axes = v.get_metadata()["axes"]
         inside = axes[1:] if axes[0] == "layers" else axes
         stacked, n = len(axes) - len(inside), len(axes)
@@ -63,7 +66,7 @@ def _muon_axes(params: Any) -> Any:
         window = len(inside) > 2 and None not in inside[-2:]  # a convolution's kernel: (window and channels) x features
         return MuonDimensionNumbers(tuple(range(stacked, n - 1)), n - 1) if window else None
 
-    return jax.tree.map(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
 def decay_mask(c: OptimConfig, params: Any) -> Any:

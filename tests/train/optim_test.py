@@ -97,6 +97,14 @@ def test_muon_makes_each_matrix_of_a_stack_nearly_orthogonal_and_leaves_the_rest
         np.testing.assert_allclose(got[k], adam[k], atol=2e-6, err_msg=k)
 
 
+def test_muon_leaves_to_adam_what_it_is_told_to(rng):
+    params, grads = make_params(rng), [{k: rng.normal(size=s) for k, (s, _) in SHAPES.items()} for _ in range(2)]
+    c = OptimConfig(name="muon", no_muon="^mat", weight_decay=0.3, eps=1e-3)
+    want = adamw(c, named(params), grads, {"matrix", "table"}, nesterov=True)
+    for k, value in run(c, params, grads).items():
+        np.testing.assert_allclose(value, want[k], atol=2e-6, err_msg=k)
+
+
 def test_muon_takes_the_kernels_of_convolutions_as_matrices(rng):
     """From patches to features, each layer of a stack apart; not the stem's, whose channels are those of the images."""
     shapes = {
@@ -162,6 +170,7 @@ def test_grouped_rates_are_by_group_and_width():
         (dict(lr_scale={"nothing": 2.0}), "optim.lr_scale has 'nothing'.*no parameter path.*blocks/mlp/out/kernel"),
         (dict(lr_scale={"(": 2.0}), r"optim.lr_scale has '\('.*not a regular expression"),
         (dict(no_decay="["), r"optim.no_decay has '\['.*not a regular expression"),
+        (dict(no_muon="["), r"optim.no_muon has '\['.*not a regular expression"),
     ],
 )
 def test_expressions_that_cannot_mean_anything_are_refused(knobs, message):
