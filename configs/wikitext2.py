@@ -1,4 +1,4 @@
-"""Text in a small BPE vocabulary: the setting in which AetherGPT and the GPT-2 baseline are compared at 3 and 10 million.
+"""WikiText-2 in a small BPE vocabulary, on which AetherGPT and the GPT-2 baseline are compared at 3 and 10 million.
 
 What:     4 layers, 4 heads, width 128 on 8192 pieces (2.9 million parameters), context 128, 1200 steps of 1024 tokens,
           less than one pass over WikiText-2. Both models have rotary positions, an untied head and no biases in linear

@@ -33,8 +33,8 @@ def make_optimizer(c: OptimConfig) -> optax.GradientTransformation:
     """Return the transformation from gradients to steps of learning rate 1: clip, AdamW or Muon, decay.
 
     Muon orthogonalises the matrices inside the stacked blocks, and kernels of convolutions as matrices from patches to
-    features; embeddings, stem, head, vectors and what `no_muon` finds stay with Adam. Its steps are scaled to Adam's size
-    (Liu et al., 2025, arXiv 2502.16982), so that both share one learning rate.
+    features; embeddings, stem, head, vectors and what `no_muon` finds stay with Adam. Its steps are scaled to Adam's
+    size (Liu et al., 2025, arXiv 2502.16982), so that both share one learning rate.
     """
     check_expressions(c)
     adam = optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), optax.scale(-1.0))

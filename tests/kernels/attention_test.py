@@ -13,7 +13,6 @@ from aether.kernels.masks import Mask
 from aether.kernels.normalization import Normalization
 from tools import reference as ref
 
-FAST = {"xla_backend_optimization_level": 0}  # for small shapes: what counts is the time to compile
 B, T, H, G, K = 2, 7, 4, 2, 6
 BLOCK = 3  # does not divide T
 UNIT = dict(bias=np.array([0.1, 0.4, 0.0, 0.7]), alpha=np.array([3.0, 2.0, 1.0, 4.0]), epsilon=np.linspace(0.3, 0.9, H))
@@ -69,7 +68,7 @@ def test_values(rng, n, impl):
     """Every normalisation with every mask, grouped heads; then cross attention, and as many key heads as queries'."""
     own, cross, equal = make(rng), make(rng, 4, 8), make(rng, g=H)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(own, cross, equal, masks):
         f = partial(attention, normalization=n, impl=impl, block=BLOCK)
         values = {name: f(*own, yat(), mask=mask) for name, mask in masks.items()}
@@ -89,7 +88,7 @@ def test_the_other_scores(rng, impl):
     unit_q, unit_k = (a / jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
     below = UNIT["bias"] - 0.5
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(q, k, unit_q, unit_k, v):
         f = partial(attention, mask=Mask(causal=True), impl=impl, block=BLOCK)
         apart = YatScore(*(jnp.asarray(a, jnp.float32) for a in UNIT.values()), distance="exact")
@@ -128,7 +127,7 @@ def test_gradients_of_the_plain_form_by_complex_steps(rng, n):
         weighting = replace(n, constant=constant)
         return exact(q, k, v, weighting, seen, bias=bias, alpha=alpha + 0j, epsilon=epsilon)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def grads(*args):
         def run(q, k, v, *unit):
             score, weighting = YatScore(*unit[:3], nonnegative_bias=True), replace(n, constant=unit[3])
@@ -147,7 +146,7 @@ def test_no_query_feels_what_it_may_not_see(rng, impl):
     q, k, v = make(rng)
     cotangent = jnp.asarray(rng.normal(size=(B, T, H, 5)), jnp.float32)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def felt(k, v, masks):
         def one(mask):
             y, back = jax.vjp(lambda k, v: attention(q, k, v, yat(), mask=mask, impl=impl, block=BLOCK), k, v)
@@ -171,7 +170,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_none(rng, n, impl):
     dense = DENSE & (np.arange(T) != 4)[:, None] & (np.arange(T) != 2)
     mask = Mask(dense=jnp.asarray(dense))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(*args):
         f = lambda q, k, v: attention(q, k, v, yat(), mask=mask, normalization=n, impl=impl, block=BLOCK)  # noqa: E731
         y, back = jax.vjp(f, *args)
@@ -192,7 +191,7 @@ def test_extreme_scores_stay_finite(rng, impl):
     q, k = q * scales.astype(np.float32), k * scales.astype(np.float32)
     flat = {k: np.float32(v) for k, v in dict(bias=0.0, alpha=1.0, epsilon=1e-6).items()}
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(q, k, v):
         def one(n):
             f = lambda *a: attention(*a, YatScore(**flat), normalization=n, impl=impl, block=BLOCK)  # noqa: E731

@@ -14,7 +14,6 @@ from aether.kernels.normalization import Normalization
 from aether.testing import equations
 
 IMPLS = ("plain", "blockwise")
-FAST = {"xla_backend_optimization_level": 0}
 B, T, H, G, K = 2, 11, 4, 2, 6
 NAMES = ("q", "k", "v", "bias", "alpha", "epsilon", "constant")
 NORMALIZATIONS = [Normalization(), Normalization("l1"), Normalization("softermax", 2.0)]
@@ -36,7 +35,7 @@ def make(rng, t=T, s=T, bias=0.3):
 def compare(n, block, args, masks, **score):
     """Assert that values and gradients are the plain form's, for masks that differ in their arrays alone."""
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(args, mask):
         run = [jax.grad(partial(loss, impl, n, block, **score), range(7), has_aux=True) for impl in IMPLS]
         return [f(*args, mask) for f in run]
@@ -90,7 +89,7 @@ def test_dot_products_in_bfloat16(rng):
     """Values and gradients as near to float32's as the plain form's are."""
     q, k, v, *_ = make(rng)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(q, k, v):
         def grads(impl, dtype):
             def f(*args):
@@ -128,7 +127,7 @@ def test_memory_is_a_twentieth(rng):
         return jnp.sum(attention(*args, YatScore(0.1, 2.0, 0.3), mask=Mask(causal=True), impl=impl))
 
     x = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
-    grads = [jax.jit(jax.grad(partial(f, i), (0, 1, 2)), compiler_options=FAST).lower(x, x, x) for i in IMPLS]
+    grads = [jax.jit(jax.grad(partial(f, i), (0, 1, 2))).lower(x, x, x) for i in IMPLS]
     plain, blocks = (g.compile().memory_analysis().temp_size_in_bytes for g in grads)
     assert blocks * 20 <= plain
 

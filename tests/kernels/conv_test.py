@@ -15,7 +15,6 @@ from tools import reference
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 1e-2}  # times kappa, the condition of the distance
 NAMES = ("x", "w", "bias", "alpha", "epsilon")
-FAST = {"xla_backend_optimization_level": 0}  # halves the time to compile
 
 CONVS = [
     # x, w, options
@@ -88,7 +87,7 @@ def test_values_and_gradients_are_those_of_the_formula(rng, dtype):
             results.append((y, back(g)))
         return results
 
-    found = jax.jit(all_cases, compiler_options=FAST)(given, cotangents)
+    found = jax.jit(all_cases)(given, cotangents)
     for (_, f, *_, options), args, (y, grads), (want, gradients) in zip(cases, exact, found, wants, strict=True):
         bound = BOUNDS[dtype] * condition(f, *args[:2], args[4], of_formula(options))
         case = f"{f.__name__} {options}"
@@ -157,7 +156,7 @@ def test_the_edges_are_finite(rng, dtype):
         y, back = jax.vjp(f, x, w, bias, jnp.full((1,), 1e-6))
         return y, back(jnp.ones_like(y))
 
-    found = jax.jit(lambda *a: [run(*a, options) for options in unit_cases()], compiler_options=FAST)(x, w, bias)
+    found = jax.jit(lambda *a: [run(*a, options) for options in unit_cases()])(x, w, bias)
     for options, (y, grads) in zip(unit_cases(), found, strict=True):
         assert np.isfinite(y).all() and (y >= 0).all(), options
         assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in grads), options
@@ -210,7 +209,7 @@ def test_gradients_beside_padding_and_at_zero_patches_are_those_of_the_formula(r
         return yat_conv(x, w, bias=b, alpha=a, epsilon=e, nonnegative_bias=nonnegative_bias, **options)
 
     g = rng.normal(size=(3, 4, 4, 3)).astype(np.float32)
-    grads = jax.jit(lambda args, g: jax.vjp(ours, *args)[1](g), compiler_options=FAST)(given, g)
+    grads = jax.jit(lambda args, g: jax.vjp(ours, *args)[1](g))(given, g)
     for name, grad, (want, size) in zip(NAMES, grads, reference.gradient(right, exact, g.astype(float)), strict=True):
         if name == "x" and spherical:  # the direction of a zero patch has no derivative, its neighbours' have
             assert (np.asarray(grad[0]) == 0).all() and (want[0] == 0).all()
@@ -291,7 +290,7 @@ def test_second_derivatives_are_those_of_plain_autodiff(rng, spherical):
         gradient = jax.grad(lambda args: jnp.sum(jnp.sin(f(*args))))
         return jax.grad(lambda args: sum(jnp.sum(g**2) for g in gradient(args)))(args)
 
-    both = jax.jit(lambda args: (curvature(ours, args), curvature(plain, args)), compiler_options=FAST)
+    both = jax.jit(lambda args: (curvature(ours, args), curvature(plain, args)))
     for a, b in zip(*both((x, w)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(np.abs(b).max()))
 

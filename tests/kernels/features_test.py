@@ -1,5 +1,4 @@
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from aether.kernels.features import anchored, check, coefficients, fit_anchors, 
 
 B, E, D = 0.5, 1.0, 8
 OPTIONS = dict(bias=B, epsilon=E)
-FAST = {"xla_backend_optimization_level": 0}  # less to compile
 
 
 def kappa(s, bias=B, epsilon=E):
@@ -52,9 +50,7 @@ def mean_of_draws(make, x, count=1500):
         phi = make(key)(x)
         return phi @ phi.T
 
-    grams = np.asarray(
-        jax.jit(jax.vmap(one), compiler_options=FAST)(jax.random.split(jax.random.key(0), count)), np.float64
-    )
+    grams = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), count)), np.float64)
     return grams.mean(0), grams.std(0) / count**0.5
 
 
@@ -109,7 +105,7 @@ def test_slay_has_the_mean_its_docstring_gives_and_is_positive(x):
     t, w = np.polynomial.laguerre.laggauss(2)
     waves = sum(wi / 3 * np.exp(2 * ti / 3 * s) for ti, wi in zip(t, w, strict=True))  # C = 3
     assert_within(mean, error, waves * ((1 + B) ** 2 + 2 * (s + B) ** 2) / 3)
-    features = jax.jit(lambda x: make(jax.random.key(0))(x), compiler_options=FAST)(x)
+    features = jax.jit(lambda x: make(jax.random.key(0))(x))(x)
     assert features.shape == (6, 32) and float(features.min()) >= 0
 
 
@@ -137,7 +133,7 @@ def test_gradients_are_finite_at_zero_and_reach_the_anchors(x):
     ]
     both = jnp.concatenate([jnp.zeros((1, D)), jnp.asarray(x)])
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def gradients(maps, x):
         return [jax.grad(lambda f, x: jnp.sum(jnp.tanh(f(x))), (0, 1), allow_int=True)(f, x) for f in maps]
 

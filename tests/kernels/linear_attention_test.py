@@ -18,7 +18,6 @@ CASES = [
     dict(causal=False, mask=MASK, segments=None),
     dict(causal=False, mask=MASK, segments=SEGMENTS),
 ]
-FAST = {"xla_backend_optimization_level": 0}  # less to compile
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def quadratic(q, k, v, causal, mask, segments, floor=0.0, xp=np):
 def test_chunks_equal_all_pairs_in_value_and_gradient(operands, rng):
     cotangent = jnp.asarray(rng.normal(size=operands[2].shape), jnp.float32)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def ours(*operands):
         out = []
         for i, case in enumerate(CASES):
@@ -56,7 +55,7 @@ def test_chunks_equal_all_pairs_in_value_and_gradient(operands, rng):
             out.append((y, back(cotangent)))
         return out
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def plain(*operands):
         return [jax.vjp(lambda *o, c=case: quadratic(*o, **c, xp=jnp), *operands)[1](cotangent) for case in CASES]
 
@@ -79,7 +78,7 @@ def test_causal_and_segments_by_gradient(operands):
     q, k, v = operands
     document = jnp.asarray(SEGMENTS)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def reach(k, v):
         def one(i):
             def run(k, v):
@@ -109,7 +108,7 @@ def test_decoding_equals_the_full_pass(operands):
     mask = jnp.asarray(MASK)
     full = jax.jit(lambda: linear_attention(q, k, v, causal=True, chunk=7, mask=mask, floor=1.2))()
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def decode():
         prompt = slice(0, 6)
         state = init_state(BATCH, HEADS, FEATURES, WIDTH)
@@ -162,7 +161,7 @@ def test_stream_equals_the_whole_in_value_and_gradient(operands):
     q, k, v = operands
     mask = jnp.asarray(MASK)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(w, q, k, v):
         def streamed(w, q, k, v):
             state = init_state(BATCH, HEADS, FEATURES, WIDTH)
@@ -180,7 +179,7 @@ def test_stream_equals_the_whole_in_value_and_gradient(operands):
 def test_bfloat16_keeps_float32_sums(operands):
     q, k, v = (x.astype(jnp.bfloat16) for x in operands)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def ours(*operands):
         y, back = jax.vjp(lambda *o: linear_attention(*o, causal=True, chunk=8), *operands)
         return y, back(y)

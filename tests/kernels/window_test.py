@@ -41,7 +41,7 @@ def whole(rng, *shape):
 
 
 def compiled(f, *args):
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})(*args)
+    return jax.jit(f)(*args)
 
 
 def flax_layer(kind, kernel, **options):

@@ -17,7 +17,6 @@ from aether.parallel import BATCH, make_mesh, shardings
 from aether.testing import VOCAB, drawn_model, tiny_config
 from tools import reference
 
-FAST = {"xla_backend_optimization_level": 0}  # where it takes longer to compile than to run
 T = 6
 KINDS = ("minibert", "bert")
 
@@ -51,7 +50,7 @@ def test_the_encoder_is_the_reference(rng, kind, position, head):
     turned = positions if position == "rotary" else None
     hidden = reference.encoder(p, x, model.config.heads, mask=mask, positions=turned)
     want = hidden @ (p["head/kernel"] if head == "untied" else p["embed/embedding"].T)
-    run = jax.jit(lambda t, s, q: model.logits(model(t, segments=s, positions=q)), compiler_options=FAST)
+    run = jax.jit(lambda t, s, q: model.logits(model(t, segments=s, positions=q)))
     got = run(*map(jnp.asarray, (tokens, segments, positions)))
     assert got.shape == (2, T, VOCAB) and got.dtype == "float32"
     assert np.abs(got - want[..., :VOCAB]).max() < 1e-4 * np.abs(want).max()
@@ -69,7 +68,7 @@ def test_documents_see_all_of_themselves_and_nothing_else(rng, attention):
         return jax.vmap(lambda g: back(g)[0]["embed"]["embedding"][...])(cotangents)
 
     cotangents = jnp.eye(T)[..., None] * rng.normal(size=(T, 16))
-    felt = np.asarray(jax.jit(rows, compiler_options=FAST)(params, cotangents))[:, :T]
+    felt = np.asarray(jax.jit(rows)(params, cotangents))[:, :T]
     np.testing.assert_array_equal(np.abs(felt).sum(-1) > 0, np.asarray(segments[0][:, None] == segments[0]))
 
 
@@ -89,7 +88,7 @@ def test_packed_documents_are_as_if_apart(rng, attention):
 def test_the_mask_is_read_and_never_predicted():
     """The table has a row for it, which learns from being read; the logits and the loss know only the ids."""
     c = tiny_config("minibert").model
-    model = jax.jit(lambda: nnx.state(Bert(c, T, nnx.Rngs(0))), compiler_options=FAST)()
+    model = jax.jit(lambda: nnx.state(Bert(c, T, nnx.Rngs(0))))()
     table = np.asarray(model["embed"]["embedding"][...])
     assert table.shape == (c.rows, 16) == (128, 16)
     assert table[: VOCAB + 1].std() == pytest.approx(0.02, rel=0.1) and table[VOCAB].any()
@@ -103,7 +102,7 @@ def test_the_mask_is_read_and_never_predicted():
         nll = cross_entropy(4, 0.0, model.vocab, hidden, model.head_kernel(), targets, weights)[0]
         return nll, jax.nn.log_softmax(model.logits(hidden))[0]
 
-    both = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (nll, scores), slope = both(params, jnp.asarray([[0.0, 1, 0, 1, 0, 0]]))
     assert float(nll) == pytest.approx(-float(scores[1, 1] + scores[3, 1]), rel=1e-5)
     rows = np.abs(slope["embed"]["embedding"][...]).max(-1)
@@ -134,7 +133,7 @@ def test_the_mesh_changes_nothing(rng, attention):
         model = nnx.merge(graph, params)
         return jnp.sum(jnp.sin(model.logits(model(tokens, segments=segments, positions=positions))))
 
-    want, slope = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)(params, *arrays)
+    want, slope = jax.jit(jax.value_and_grad(loss))(params, *arrays)
     c = MeshConfig(data=2, fsdp=2, tensor=2)
     mesh = make_mesh(c)
     where = shardings(params, mesh, c)
@@ -143,7 +142,7 @@ def test_the_mesh_changes_nothing(rng, attention):
     assert spread["embed"]["embedding"][...].sharding.spec == P("tensor", "fsdp")
     rows = [jax.device_put(a, NamedSharding(mesh, BATCH)) for a in arrays]
     with jax.set_mesh(mesh):
-        run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, where), compiler_options=FAST)
+        run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, where))
         got, found = run(spread, *rows)
     np.testing.assert_allclose(got, want, rtol=1e-4)
     largest = max(float(jnp.linalg.norm(a)) for a in jax.tree.leaves(slope))

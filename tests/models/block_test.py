@@ -11,7 +11,6 @@ from flax import nnx
 from aether.config import ModelConfig
 from aether.models.block import Block, stacked, through
 
-FAST = {"xla_backend_optimization_level": 0}  # where it takes longer to compile than to run
 B, T, D, LAYERS = 2, 5, 16, 3
 PARTS = dict(attention=("yat", "dot", "yat_linear"), mlp=("yat", "gelu"), norm=("none", "layernorm"))
 COMBINATIONS = [dict(zip(PARTS, choice, strict=True)) for choice in product(*PARTS.values())]
@@ -26,7 +25,7 @@ def config(**model):
 
 def made(c, causal=False):
     graph = nnx.graphdef(nnx.eval_shape(lambda: stacked(c, causal, nnx.Rngs(0))))
-    return nnx.merge(graph, jax.jit(lambda: nnx.state(stacked(c, causal, nnx.Rngs(0))), compiler_options=FAST)())
+    return nnx.merge(graph, jax.jit(lambda: nnx.state(stacked(c, causal, nnx.Rngs(0))))())
 
 
 def embeddings(rng):
@@ -49,7 +48,7 @@ def test_every_combination_learns_from_both_sides(rng, parts):
         y = through(nnx.merge(graph, params), c, x)[0]
         return jnp.sum(jnp.sin(y[:, 0])), y
 
-    run = jax.jit(jax.value_and_grad(first, (0, 1), has_aux=True), compiler_options=FAST)
+    run = jax.jit(jax.value_and_grad(first, (0, 1), has_aux=True))
     (_, y), (slopes, felt) = run(params, embeddings(rng))
     assert y.shape == (B, T, D) and y.dtype == "float32"
     for path, g in nnx.to_flat_state(slopes):
@@ -62,7 +61,7 @@ def test_every_combination_learns_from_both_sides(rng, parts):
 def test_a_causal_block_does_not_feel_what_comes_later(rng):
     c = config()
     model = made(c, causal=True)
-    felt = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(through(model, c, x)[0][:, 1]))), compiler_options=FAST)
+    felt = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(through(model, c, x)[0][:, 1]))))
     np.testing.assert_array_equal(np.abs(felt(embeddings(rng))).sum(-1) > 0, [[True, True, False, False, False]] * B)
 
 
@@ -83,7 +82,7 @@ def test_the_loop_is_one_block_after_the_other(rng):
     def looped(x):
         return through(model, c, x, segments=segments, positions=positions, key=key)[0]
 
-    one, other, dry = jax.jit(lambda x: (looped(x), by_hand(x), through(model, c, x)[0]), compiler_options=FAST)(x)
+    one, other, dry = jax.jit(lambda x: (looped(x), by_hand(x), through(model, c, x)[0]))(x)
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     assert np.abs(one - dry).max() > 0.1
 

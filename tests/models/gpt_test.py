@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import jax
@@ -17,7 +16,6 @@ from aether.models import GPT
 from aether.testing import VOCAB, drawn_model, equations, tiny_batch, tiny_config, tiny_model
 
 T = 6
-FAST = {"xla_backend_optimization_level": 0}  # where it takes longer to compile than to run
 PARTS = dict(attention=("yat", "dot"), mlp=("yat", "gelu"), norm=("none", "layernorm"), position=("rotary", "learned"))
 COMBINATIONS = [dict(zip(PARTS, choice, strict=True)) for choice in product(*PARTS.values())]
 NAMED = {("yat", "none"), ("gelu", "layernorm")}  # of MLP and norm, as they come in the two kinds; the rest is slow
@@ -95,7 +93,7 @@ def test_no_position_feels_a_later_token(rng, parts):
     """Causality by gradient: all tokens differ, so d(hidden state t)/d(embedding row s) must vanish just for s > t."""
     graph, params = nnx.split(drawn(**parts))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def rows(params, cotangents):
         _, back = jax.vjp(lambda p: nnx.merge(graph, p)(jnp.arange(T)[None])[0][0], params)
         return jax.vmap(lambda g: back(g)[0]["embed"]["embedding"][...])(cotangents)
@@ -133,7 +131,7 @@ def test_blockwise_attention_changes_no_gradient():
     (params, plain), (_, blocks) = loss("plain"), loss("blockwise")
     names = {e.primitive.name for e in equations(jax.make_jaxpr(blocks)(params).jaxpr)}
     assert "while" in names
-    one, other = jax.jit(lambda p: (jax.grad(plain)(p), jax.grad(blocks)(p)), compiler_options=FAST)(params)
+    one, other = jax.jit(lambda p: (jax.grad(plain)(p), jax.grad(blocks)(p)))(params)
     largest = max(float(jnp.linalg.norm(a)) for a in jax.tree.leaves(one))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert float(jnp.linalg.norm(a - b)) <= 1e-5 * float(jnp.linalg.norm(a)) + 1e-6 * largest
@@ -192,7 +190,7 @@ def test_recomputing_blocks_changes_no_gradient(kind):
     (params, plain), (_, again) = loss("none"), loss("full")
     names = [{e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(f))(params).jaxpr)} for f in (plain, again)]
     assert ["remat2" in n or "checkpoint" in n for n in names] == [False, True]
-    one, other = jax.jit(lambda p: (jax.grad(plain)(p), jax.grad(again)(p)), compiler_options=FAST)(params)
+    one, other = jax.jit(lambda p: (jax.grad(plain)(p), jax.grad(again)(p)))(params)
     largest = max(float(jnp.linalg.norm(a)) for a in jax.tree.leaves(one))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert float(jnp.linalg.norm(a - b)) <= 1e-5 * float(jnp.linalg.norm(a)) + 1e-6 * largest
@@ -283,7 +281,7 @@ def test_padding_the_vocabulary_changes_nothing(head):
     def loss(model):
         graph, params = nnx.split(model)
         run = jax.value_and_grad(lambda p: lm(nnx.merge(graph, p), batch, None, z_loss=0.1)[0])
-        return jax.jit(run, compiler_options=FAST)(params)
+        return jax.jit(run)(params)
 
     (want, slope), (same, _) = loss(plain), loss(padded)
     padded.embed.embedding.set_value(padded.embed.embedding[...].at[VOCAB:].set(3.0))
@@ -306,7 +304,7 @@ def test_remat_keeps_what_it_says_and_changes_nothing(policy):
         f = lambda p: jnp.sum(nnx.merge(graph, p)(tokens, key=key)[0] ** 2)  # noqa: E731
         kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(f, p)[1], params))]
         run = (lambda p: jax.vjp(f, p)[1](1.0)[0]) if policy != "offload" else None
-        return kept, run and jax.jit(run, compiler_options=FAST)(params)
+        return kept, run and jax.jit(run)(params)
 
     kept, slope = saved(remat=policy, remat_names="query,product" if policy == "names" else "")
     product, query, stream = (2, 4, T, 40), (2, 4, T, 4, 4), (2, 4, T, 16)
@@ -320,7 +318,7 @@ def test_remat_keeps_what_it_says_and_changes_nothing(policy):
 def test_layers_unrolled_are_layers_scanned():
     tokens = jnp.arange(2 * T).reshape(2, T)
     looped, flat = drawn(), drawn(scan_layers=False)
-    run = jax.jit(lambda t: (looped(t)[0], flat(t)[0]), compiler_options=FAST)
+    run = jax.jit(lambda t: (looped(t)[0], flat(t)[0]))
     np.testing.assert_allclose(*run(tokens), rtol=1e-5, atol=1e-6)
     count = lambda m: sum(e.primitive.name == "dot_general" for e in equations(jax.make_jaxpr(m)(tokens).jaxpr))  # noqa: E731
     assert "while" in jax.jit(lambda t: looped(t)[0]).lower(tokens).as_text()

@@ -1,7 +1,6 @@
 """AetherResNet and ResNet: sizes, NumPy in float64, the scale of the first step, statistics and meshes."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from aether.models.resnet import ResNet
 from aether.parallel import make_mesh, shardings, to_global
 from tools import reference
 
-FAST = {"xla_backend_optimization_level": 0}
 KINDS = ("aether_resnet", "resnet")
 TINY = dict(stages="1,2", width=4, stem="stride2", dtype="float32")
 
@@ -35,7 +33,7 @@ def count(c):
 def made(c, channels=3, seed=0):
     """The model of its own initialisation, compiled as one function."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: ResNet(c, channels, nnx.Rngs(0))))
-    init = jax.jit(lambda: nnx.state(ResNet(c, channels, nnx.Rngs(seed))), compiler_options=FAST)
+    init = jax.jit(lambda: nnx.state(ResNet(c, channels, nnx.Rngs(seed))))
     return nnx.merge(graph, init())
 
 
@@ -56,7 +54,7 @@ def forward(model, x, key=None):
     """Return the logits, and the model after the call."""
     graph, state = nnx.split(model)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(state, x):
         model = nnx.merge(graph, state)
         return model(x, key), nnx.state(model)
@@ -192,7 +190,7 @@ def stepped(model, x, labels, key, mesh=None):
         nll = -jnp.mean(jnp.take_along_axis(logits, labels[:, None], 1))
         return nll, nnx.state(model, nnx.BatchStat)
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     if mesh is None:
         (value, statistics), slopes = step(params, rest, x, labels)
     else:
@@ -295,7 +293,7 @@ def stream(model, x):
             found += [first[None], others]
         return jnp.concatenate(found).T
 
-    return np.asarray(jax.jit(run, compiler_options=FAST)(state, x))
+    return np.asarray(jax.jit(run)(state, x))
 
 
 @pytest.mark.slow
@@ -332,7 +330,7 @@ def test_units_start_alike_whatever_their_width(rng, spherical):
     for k, stage in enumerate(model.stages):
         graph, state = nnx.split(stage.first.hidden)
         x = np.asarray(rng.normal(size=(2, 8, 8, 4 * 2 ** max(k - 1, 0))), np.float32)
-        y = jax.jit(lambda s, x, graph=graph: nnx.merge(graph, s)(x), compiler_options=FAST)(state, x)
+        y = jax.jit(lambda s, x, graph=graph: nnx.merge(graph, s)(x))(state, x)
         levels.append((float(y.mean()), float(y.std())))
     levels = np.array(levels)
     assert (levels > 0.2).all() and (levels < 2.0).all() and (levels.max(0) / levels.min(0) < 1.5).all()

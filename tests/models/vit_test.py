@@ -16,7 +16,6 @@ from aether.models.vit import cut
 from aether.parallel import BATCH, make_mesh, shardings
 from tools import reference
 
-FAST = {"xla_backend_optimization_level": 0}  # where it takes longer to compile than to run
 SIDE, PATCH, CHANNELS, CLASSES = 6, 2, 3, 5
 KINDS = ("aether_vit", "vit")
 # timm 1.0's counts for ViT/16 at 224 pixels with a class token, less those of its head of 1000 classes.
@@ -38,7 +37,7 @@ def drawn(kind, **model):
 def started(kind, **model):
     make = lambda: ViT(config(kind, **model), SIDE, CHANNELS, nnx.Rngs(0))  # noqa: E731
     graph = nnx.graphdef(nnx.eval_shape(make))
-    return nnx.merge(graph, jax.jit(lambda: nnx.state(make()), compiler_options=FAST)())
+    return nnx.merge(graph, jax.jit(lambda: nnx.state(make()))())
 
 
 def draw_images(rng, count=2):
@@ -80,7 +79,7 @@ def test_the_network_is_the_reference(rng, kind, head, position, pool):
         want = reference.yat(x, p["head/kernel"], spherical=True, **unit)
     else:
         want = x @ p["head/kernel"] + p.get("head/bias", 0.0)
-    got = jax.jit(model, compiler_options=FAST)(images)
+    got = jax.jit(model)(images)
     assert got.shape == (2, CLASSES) and got.dtype == "float32"
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
@@ -107,13 +106,13 @@ def test_tokens_of_normalised_images_start_at_one(rng):
 @pytest.mark.parametrize("head", ["linear", "yat"])
 def test_the_loss_starts_near_that_of_a_guess(rng, head):
     model = started("aether_vit", head=head, width=64)
-    chances = jax.nn.log_softmax(jax.jit(model, compiler_options=FAST)(draw_images(rng, 32)))
+    chances = jax.nn.log_softmax(jax.jit(model)(draw_images(rng, 32)))
     assert abs(float(-chances.mean()) - math.log(CLASSES)) < 0.3
 
 
 def test_dropout_is_a_function_of_its_key(rng):
     model, dry, images = drawn("vit", dropout=0.5), drawn("vit"), draw_images(rng)
-    run = jax.jit(lambda k: (model(images, k), model(images, key=None), dry(images, k)), compiler_options=FAST)
+    run = jax.jit(lambda k: (model(images, k), model(images, key=None), dry(images, k)))
     (one, still, same), (other, _, _) = run(jax.random.key(1)), run(jax.random.key(2))
     np.testing.assert_array_equal(one, run(jax.random.key(1))[0])
     np.testing.assert_array_equal(still, same)  # the same seed, so the same parameters
@@ -137,7 +136,7 @@ def test_the_mesh_changes_nothing(rng, head):
     def loss(params, images):
         return jnp.sum(jnp.sin(nnx.merge(graph, params)(images)))
 
-    want, slope = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)(params, images)
+    want, slope = jax.jit(jax.value_and_grad(loss))(params, images)
     c = MeshConfig(data=2, fsdp=2, tensor=2)
     mesh = make_mesh(c)
     where = shardings(params, mesh, c)
@@ -147,7 +146,7 @@ def test_the_mesh_changes_nothing(rng, head):
     assert spread["patches"]["kernel"][...].sharding.spec == P(None, "fsdp")
     rows = jax.device_put(images, NamedSharding(mesh, BATCH))
     with jax.set_mesh(mesh):
-        run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, where), compiler_options=FAST)
+        run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, where))
         got, found = run(spread, rows)
     np.testing.assert_allclose(got, want, rtol=1e-4)
     largest = max(float(jnp.linalg.norm(a)) for a in jax.tree.leaves(slope))

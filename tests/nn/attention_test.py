@@ -1,7 +1,5 @@
 """The attention layers: parameters, what reaches the kernel, the cache, rotation, and bad input."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ from flax import nnx
 from aether.nn import Attention, KVCache, YatAttention
 from tools import reference as ref
 
-FAST = {"xla_backend_optimization_level": 0}
 B, T, D = 2, 7, 8
 UNIT = dict(bias_init=0.2, alpha_init=4.0, epsilon=0.3)
 
@@ -34,7 +31,7 @@ def draw(rng, *shape):
 
 def run(layer, *args, **options):
     """Call the layer, compiled once."""
-    return jax.jit(lambda a, o: layer(*a, **o)[0], compiler_options=FAST)(args, options)
+    return jax.jit(lambda a, o: layer(*a, **o)[0])(args, options)
 
 
 def exact(layer, x, context=None, mask=None, positions=None, context_positions=None):
@@ -118,7 +115,7 @@ def test_self_attention(rng, name, impl):
     layer, x = make(impl=impl, block=3, **options), draw(rng, B, T, D)
     flags = {k: v for k, v in call.items() if k == "is_causal"}
     arrays = {k: jnp.asarray(v) for k, v in call.items() if k not in flags}
-    got = jax.jit(lambda x, arrays: layer(x, **arrays, **flags)[0], compiler_options=FAST)(x, arrays)
+    got = jax.jit(lambda x, arrays: layer(x, **arrays, **flags)[0])(x, arrays)
     np.testing.assert_allclose(got, exact(layer, x, mask=mask), atol=2e-5)
 
 
@@ -150,7 +147,7 @@ def test_the_cache_gives_what_the_whole_gives(rng, options):
     layer = make(rope_theta=100.0, block=4, **options)
     x = draw(rng, B, T, D)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(x):
         whole, none = layer(x, is_causal=True)
         cache, pieces = layer.init_cache(B, 10), []
@@ -168,7 +165,7 @@ def test_the_cache_gives_what_the_whole_gives(rng, options):
 def test_keys_are_rotated_once_when_they_are_written(rng):
     layer, x = make(rope_theta=10.0, spherical=True), draw(rng, B, T, D)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def written(x):
         _, first = layer(x[:, :3], cache=layer.init_cache(B, T))
         return first, layer(x[:, 3:], cache=first)[1]
@@ -187,7 +184,7 @@ def test_no_position_feels_a_later_one(rng, form, impl):
     layer = make(impl=impl, block=3, rope_theta=10.0, window=3 if form == "window" else None)
     x = draw(rng, 1, T, D)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def felt(x):
         call = dict(is_causal=dict(is_causal=True), window={}, cache=dict(cache=layer.init_cache(1, T)))[form]
         y, back = jax.vjp(lambda x: layer(x, **call)[0], x)
@@ -241,7 +238,7 @@ def test_a_zero_input_has_finite_gradients(normalization):
     layer = make(spherical=True, use_bias=False, normalization=normalization, learnable_epsilon=True)
     graph, params = nnx.split(layer)
     loss = lambda p, x: jnp.sum(nnx.merge(graph, p)(x, is_causal=True)[0] ** 2)  # noqa: E731
-    grads = jax.jit(jax.grad(loss, (0, 1)), compiler_options=FAST)(params, jnp.zeros((1, T, D)).at[0, 2].set(1.0))
+    grads = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.zeros((1, T, D)).at[0, 2].set(1.0))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 

@@ -21,8 +21,6 @@ from aether.nn.prototypes import KernelBank
 from aether.nn.yat import YatNMN
 from tools import reference
 
-FAST = {"xla_backend_optimization_level": 0}  # halves the time to compile
-
 
 def plain(key, shape, dtype):
     """An initialiser without random numbers of JAX, which take seconds to compile."""
@@ -41,7 +39,7 @@ def shapes(layer):
 def forward(layer, x, **options):
     """Compiled as one function: much faster than op by op."""
     graph, state = nnx.split(layer)
-    return jax.jit(lambda s, x: nnx.merge(graph, s)(x, **options), compiler_options=FAST)(state, x)
+    return jax.jit(lambda s, x: nnx.merge(graph, s)(x, **options))(state, x)
 
 
 def draws(rng, *shape):
@@ -97,7 +95,7 @@ def test_prototypes_start_near_unit_length():
         )
         return [jnp.linalg.norm(layer.prototypes(None, "float32").reshape(-1, 64), axis=0) for layer in layers]
 
-    for length in jax.jit(lengths, compiler_options=FAST)():
+    for length in jax.jit(lengths)():
         assert abs(length.mean() - 1.0) < 0.05
 
 
@@ -152,7 +150,7 @@ def test_prototypes_from_data_are_patches_of_it(rng, kind, size, options, method
         counts = [layer.ill_conditioned(x, threshold) for threshold in (50.0, 1e9)]
         return layer.prototypes(None, "float32"), layer(x), counts
 
-    prototypes, y, counts = jax.jit(start, compiler_options=FAST)(x)
+    prototypes, y, counts = jax.jit(start)(x)
     prototypes = np.asarray(prototypes).reshape(-1, 6)
     np.testing.assert_allclose(y.reshape(-1, 6).max(0), ((prototypes**2).sum(0) + 0.5) ** 2 / 1e-2, rtol=1e-4)
     assert len({tuple(column) for column in prototypes.T}) == 6
@@ -173,7 +171,7 @@ def test_options_of_prototypes_reach_the_kernel(rng):
             (shared.prototypes(None, "float32"), bank.kernel[...]),
         )
 
-    unit, (dropped, whole), positive, (shared, bank) = jax.jit(start, compiler_options=FAST)(draws(rng, 2, 5, 3))
+    unit, (dropped, whole), positive, (shared, bank) = jax.jit(start)(draws(rng, 2, 5, 3))
     for kernel in unit:
         np.testing.assert_allclose(np.linalg.norm(kernel.reshape(-1, 4), axis=0), 1.0, rtol=1e-5)
     assert np.abs(dropped - whole).max() > 1e-3

@@ -11,7 +11,6 @@ from aether.nn.param import stack
 from aether.testing import equations
 
 WIDTH, HEADS, LENGTH = 16, 2, 11
-FAST = {"xla_backend_optimization_level": 0}  # less to compile
 
 
 def layer(features="taylor", num_features=45, **options):
@@ -65,7 +64,7 @@ def test_equals_a_float64_layer_with_the_cut_kernel(x):
     same = segments[:, :, None] == segments[:, None]
     plain, rotary = layer(), layer(rope_theta=100.0)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(x):
         return (
             rotary(x)[0],
@@ -98,7 +97,7 @@ def test_fitted_anchors_approach_the_kernel_itself_and_train(x, rng):
     exact = reference(module, x, causal(x), None)
     graph, state = nnx.split(module)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(state, x):
         def loss(state):
             y, _ = nnx.merge(graph, state)(x)
@@ -128,7 +127,7 @@ def test_causal_and_decoding_equal_the_full_pass(x, features, m):
     module = layer(features, m, rope_theta=100.0)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(x):
         y, back = jax.vjp(lambda x: module(x)[0], x)
         (reach,) = back(jnp.zeros_like(y).at[:, 5].set(1.0))

@@ -1,6 +1,5 @@
 """nmn's layers against ours with the same parameters; where nmn is wrong, both against the float64 reference."""
 
-import functools
 import warnings
 
 import jax
@@ -101,7 +100,7 @@ class Theirs:
 def numbers(pairs):
     """Return the outputs of [(theirs, ours)], functions of nothing, all that JAX can compile in one call."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # runs once
+    @jax.jit
     def compiled():
         return [(None if their.framework == "torch" else run(), ours()) for their, run, ours in pairs]
 

@@ -11,8 +11,6 @@ from aether.nn import BatchNorm
 from aether.parallel import make_mesh, to_global
 from tools import reference
 
-FAST = {"xla_backend_optimization_level": 0}
-
 
 def normalised(x, scale, bias):
     """The formula, over all axes but the last; complex numbers pass, for `reference.gradient`."""
@@ -38,7 +36,7 @@ def call(layer, x, train, mesh=None):
         y = model(x, train)
         return jnp.sum(jnp.sin(y)), (y, nnx.state(model, nnx.BatchStat))
 
-    step = jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=FAST)
+    step = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     if mesh is None:
         slopes, (y, after) = step(params, jnp.asarray(x))
     else:

@@ -1,7 +1,7 @@
 """Recurrent ⵟ cells: one step against float64, `nnx.RNN` and `scan`, their starting values, and what they learn."""
 
 import math
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from flax import nnx
 from aether.nn.rnn import YatGRUCell, YatLSTMCell, YatSimpleCell, scan
 from tools import reference
 
-FAST = {"xla_backend_optimization_level": 0}  # halves the time to compile
 CELLS = (YatSimpleCell, YatGRUCell, YatLSTMCell)
 GATES = {YatSimpleCell: 1, YatGRUCell: 3, YatLSTMCell: 4}
 
@@ -45,7 +44,7 @@ def test_one_step_and_its_gradients_are_the_formula(rng, kind, spherical):
     states = [0.3 * rng.normal(size=(3, 6)).astype(np.float32) for _ in range(2 if kind is YatLSTMCell else 1)]
     g = rng.normal(size=(len(states), 3, 6))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     @jax.value_and_grad
     def run(args):
         *states, x = args
@@ -69,7 +68,7 @@ def test_runs_under_rnn_and_scan_alike(rng, kind):
 
     graph, params = nnx.split(cell)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(params, xs):
         cell = nnx.merge(graph, params)
         rnn = nnx.RNN(cell)
@@ -109,7 +108,7 @@ def test_starts_at_order_one_with_finite_gradients_over_200_steps(rng, kind):
     xs = rng.normal(size=(4, 200, 4)).astype(np.float32)
     graph, params = nnx.split(cell)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(params, xs):
         def loss(params, xs):
             _, ys = scan(nnx.merge(graph, params), xs)
@@ -148,7 +147,7 @@ def test_learns_to_remember_the_first_token(kind):
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 0]).mean()
         return nats, (jnp.argmax(logits, -1) == ids[:, 0]).mean()
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def train(params):
         def step(carry, key):
             params, state = carry

@@ -17,7 +17,6 @@ from aether.kernels.pallas import gpu, gpu_kernels, gpu_tile
 from aether.testing import equations
 from tools import reference as ref
 
-FAST = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 STEP = 1e-30  # of complex differentiation, which nothing rounds
 DIRECTIONS = 3
 CONSTANT = 0.1  # ε₁ of L1
@@ -90,7 +89,7 @@ def exact(case, seen, q, k, v, bias, alpha, epsilon):
     return np.einsum("bgrts,bgsk->bgrtk", weights, v), s
 
 
-@partial(jax.jit, static_argnames="normalization", compiler_options=FAST)
+@partial(jax.jit, static_argnames="normalization")
 def run(q, k, v, dy, score, mask, normalization):
     n = Normalization(normalization, constant=CONSTANT).by_head(*q.shape[1:3])
     assert gpu.unsupported(q, k, v) == ""
@@ -166,7 +165,7 @@ def test_close_vectors_have_the_least_distance(rng):
     def right(q, k, v):
         return plain(q, k[:, :, 0], v[:, :, 0], score, mask, n)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(x, v, dy):
         y, pull = jax.vjp(right, x, x, v)
         k, values = x[:, :, 0], v[:, :, 0]

@@ -16,7 +16,6 @@ from aether.kernels.pallas import tpu
 from aether.kernels.pallas.blocks import Blocks
 from tools import reference as ref
 
-FAST = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 B, G, R = 2, 2, 2
 H = G * R
 NAMES = ("q", "k", "v", "bias", "alpha", "epsilon", "constant")
@@ -135,7 +134,7 @@ def test_values_and_the_gradients_of_all_seven_inputs(case):
     args, size = make(case), (B, G, R, CASES[case][0][0], CASES[case][1][1])
     g = np.random.default_rng(1).normal(size=size).astype(np.float32)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(args, mask):
         def loss(*args):
             y = run(interpreted(case), case, *args, mask)
@@ -174,7 +173,7 @@ def plain_gradients(case, args, g):
 
     with jax.enable_x64(True):
         g, *args = (jnp.asarray(np.asarray(a), jnp.float64) for a in (g, *args))
-        return jax.jit(jax.grad(loss, range(7)), compiler_options=FAST)(*args)
+        return jax.jit(jax.grad(loss, range(7)))(*args)
 
 
 @pytest.mark.parametrize("case", ["dot", "l1", "window"])
@@ -187,9 +186,7 @@ def test_bfloat16_is_as_near_as_the_plain_form_is(case):
         return jnp.sum(jnp.sin(3 * y.astype(jnp.float32))), y
 
     def both(attend, args):
-        (_, y), grads = jax.jit(
-            jax.value_and_grad(partial(loss, attend), range(7), has_aux=True), compiler_options=FAST
-        )(*args, mask_of(case))
+        (_, y), grads = jax.jit(jax.value_and_grad(partial(loss, attend), range(7), has_aux=True))(*args, mask_of(case))
         return y, *grads
 
     right, near, found = both(plain, whole), both(plain, args), both(interpreted(case), args)
@@ -209,7 +206,7 @@ def test_the_final_level():
         of_head = replace(CASES[case][4], constant=constant).by_head(G, R)
         options = dict(interpret=True, blocks=CASES[case][2])
         score = YatScore(bias, alpha, epsilon)
-        y, level = jax.jit(partial(tpu.forward, **options), compiler_options=FAST)(q, k, v, score, mask, of_head)
+        y, level = jax.jit(partial(tpu.forward, **options))(q, k, v, score, mask, of_head)
         keep = seen(case) & (np.arange(50) != 7)[:, None] if case == "packed" else seen(case)
         b, a, e = (np.asarray(p, np.float64).reshape(1, H, 1, 1) for p in args[3:6])
         q, k = np.asarray(q, np.float64).reshape(B, H, 50, -1), np.repeat(np.asarray(k, np.float64), R, 1)
@@ -230,7 +227,7 @@ def test_a_query_that_sees_nothing_gives_no_gradient():
     mask = mask_of(case)
     mask = replace(mask, query_segments=mask.query_segments.at[:, 7].set(9), valid=mask.valid.at[:, 3].set(False))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(args, mask):
         y, back = jax.vjp(lambda *a: run(interpreted(case), case, *a, mask), *args)
         return y, back(jnp.ones_like(y))
@@ -255,8 +252,7 @@ def test_shared_numbers_and_equal_vectors():
 
     numbers = jnp.float32(0.2), jnp.full((1,), 0.5), jnp.float32(0.1)
     found, right = (
-        jax.jit(jax.grad(partial(loss, attend), range(6)), compiler_options=FAST)(q, k, v, *numbers)
-        for attend in (interpreted(case), plain)
+        jax.jit(jax.grad(partial(loss, attend), range(6)))(q, k, v, *numbers) for attend in (interpreted(case), plain)
     )
     for mine, wanted in zip(found, right, strict=True):
         assert mine.shape == wanted.shape and np.linalg.norm(wanted) > 1e-3
@@ -267,7 +263,7 @@ def test_negative_scores_count_for_nothing_in_l1():
     case = "l1"
     q, k, v, bias, alpha, *rest = make(case)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(alpha, mask):
         y, back = jax.vjp(lambda *a: run(interpreted(case), case, *a, mask), q, k, v, bias, alpha, *rest)
         return y, back(jnp.sin(3 * y) + 1)
@@ -305,7 +301,7 @@ def test_extreme_scores_stay_finite():
     scales = np.array([1e5, 1e-6], np.float32)[:, None, None, None]
     q, k, numbers = q * scales[..., None], k * scales, (jnp.float32(0.05), jnp.float32(1.0), jnp.float32(1e-6))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run_all(q, k, v):
         def one(attend, n):
             attend = partial(attend, score=YatScore(*numbers), mask=Mask(), normalization=n.by_head(G, R))
