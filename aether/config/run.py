@@ -39,6 +39,11 @@ class OptimConfig(Section, prefix="optim"):
     lr_scale: dict[str, float] = knob(
         {}, "learning rate multiplier, regular expression over paths -> factor (first match)"
     )
+    hold_norm: str = knob(
+        "",
+        "regular expression over parameter paths of matrices whose columns keep the norms that they start with "
+        "(empty: none)",
+    )
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
     momentum: float = knob(0.95, "momentum of muon", low=0.0, high=0.9999)
     no_muon: str = knob("", "regular expression over parameter paths that muon leaves to AdamW (empty: none)")

@@ -1,13 +1,15 @@
 """The optimizer: optax's, with decay masks, learning rates by parameter path, and schedules."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 from optax.contrib import MuonDimensionNumbers
 
 from aether.config import OptimConfig
@@ -22,7 +24,8 @@ def name(path: tuple) -> str:
 
 def check_expressions(c: OptimConfig) -> None:
     """Raise `InputError` unless every expression over parameter paths is a regular expression."""
-    for key, expression in [("no_decay", c.no_decay), ("no_muon", c.no_muon), *[("lr_scale", e) for e in c.lr_scale]]:
+    expressions = [(key, getattr(c, key)) for key in ("no_decay", "no_muon", "hold_norm")]
+    for key, expression in [*expressions, *(("lr_scale", e) for e in c.lr_scale)]:
         try:
             re.compile(expression)
         except re.error as e:
@@ -119,6 +122,43 @@ def learning_rate_scales(c: OptimConfig, params: Any, width: int) -> Any:
             f"optim.lr_scale has {sorted(unused)[0]!r}, which no parameter path contains; there are {', '.join(paths)}."
         )
     return scales
+
+
+def make_hold(c: OptimConfig, params: Any) -> Callable[[Any, Any], Any]:
+    """Return (new, old) -> new parameters, the columns of those found by `hold_norm` with the norms they have in old.
+
+    A column of a kernel is what one output takes of all inputs: in a ⵟ layer, a prototype. To a spherical unit its
+    scale means nothing; left alone it grows, since its gradient is orthogonal to it, and turns ever less (nGPT holds
+    all of them at 1: Loshchilov et al., 2024, arXiv 2410.01131).
+
+    Args:
+      c: resolved.
+      params: shapes are enough.
+
+    Raises:
+      InputError: `hold_norm` is no regular expression, or finds no matrix.
+    """
+    check_expressions(c)
+
+    def inputs(path: tuple, v: nnx.Variable) -> tuple[int, ...]:
+        axes = v.get_metadata()["axes"]
+        first = int(axes[0] == "layers")
+        chosen = c.hold_norm and re.search(c.hold_norm, name(path))
+        return tuple(range(first, len(axes) - 1)) if chosen else ()
+
+    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda v: isinstance(v, nnx.Variable))[0]
+    over = {name(path): axes for path, v in paths if (axes := inputs(path, v))}
+    if c.hold_norm and not over:
+        raise InputError(f"optim.hold_norm is {c.hold_norm!r}, which the path of no matrix contains.")
+
+    def one(path: tuple, new: Array, old: Array) -> Array:
+        axes = over.get(name(path))
+        if axes is None:
+            return new
+        squares = [jnp.sum(x * x, axes, keepdims=True) for x in (new, old)]
+        return new * jnp.sqrt(squares[1] / jnp.maximum(squares[0], 1e-30))
+
+    return lambda new, old: jax.tree_util.tree_map_with_path(one, new, old) if over else new
 
 
 def make_schedule(c: OptimConfig) -> optax.Schedule:

@@ -13,7 +13,7 @@ from jax import Array
 from aether.config import Config
 from aether.explain.capacity import penalty
 from aether.losses import Loss
-from aether.train.optim import learning_rate_scales, make_optimizer, make_schedule
+from aether.train.optim import learning_rate_scales, make_hold, make_optimizer, make_schedule
 from aether.train.spikes import empty_window, is_spike, pushed
 
 Batch = dict[str, Array]
@@ -78,6 +78,7 @@ def make_step(
     """
     optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim)
     scales = learning_rate_scales(config.optim, params, config.model.width)
+    hold = make_hold(config.optim, params)
     seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
     rkhs_decay = config.optim.rkhs_decay
 
@@ -106,6 +107,7 @@ def make_step(
             params = jax.tree.map(
                 lambda s, p, u: jax.tree.map(lambda p, u: p + rate * s * u, p, u), scales, state.params, updates
             )
+            params = hold(params, state.params)
             ema = state.ema
             if decay:
                 new = nnx.merge_state(params, extras)

@@ -12,7 +12,7 @@ from aether.config import OptimConfig
 from aether.errors import InputError
 from aether.models import describe_model
 from aether.testing import tiny_config
-from aether.train.optim import decay_mask, learning_rate_scales, make_optimizer, make_schedule, name
+from aether.train.optim import decay_mask, learning_rate_scales, make_hold, make_optimizer, make_schedule, name
 
 SHAPES = {
     "matrix": ((2, 4, 3), ("layers", "embed", "mlp")),
@@ -125,6 +125,21 @@ def test_muon_takes_the_kernels_of_convolutions_as_matrices(rng):
     np.testing.assert_allclose(np.abs(moves["stem"]), 1.4737, rtol=1e-3)  # the first step of Adam, by its sign alone
 
 
+def test_columns_keep_their_norms_where_they_are_held(rng):
+    shapes = SHAPES | {"window": ((3, 3, 2, 4), (None, None, "embed", "mlp"))}
+    old, new = (
+        nnx.State({k: nnx.Param(jnp.asarray(rng.normal(size=s), jnp.float32), axes=a) for k, (s, a) in shapes.items()})
+        for _ in range(2)
+    )
+    got = named(jax.jit(make_hold(OptimConfig(hold_norm="matrix|window|bias"), old))(new, old))
+    old, new = ({k: np.asarray(v, np.float64) for k, v in named(x).items()} for x in (old, new))
+    for k, over in {"matrix": (1,), "window": (0, 1, 2)}.items():
+        ratio = np.sqrt((old[k] ** 2).sum(over, keepdims=True) / (new[k] ** 2).sum(over, keepdims=True))
+        np.testing.assert_allclose(got[k], new[k] * ratio, rtol=1e-5)
+    for k in ("table", "bias"):  # not found, and no matrix
+        np.testing.assert_array_equal(got[k], new[k])
+
+
 def test_decay_is_for_matrices_by_path():
     masks = named(decay_mask(OptimConfig(), params_of("gpt2")))
     assert {k for k, on in masks.items() if on} == {
@@ -170,12 +185,14 @@ def test_grouped_rates_are_by_group_and_width():
         (dict(lr_scale={"nothing": 2.0}), "optim.lr_scale has 'nothing'.*no parameter path.*blocks/mlp/out/kernel"),
         (dict(lr_scale={"(": 2.0}), r"optim.lr_scale has '\('.*not a regular expression"),
         (dict(no_decay="["), r"optim.no_decay has '\['.*not a regular expression"),
+        (dict(hold_norm="bias"), "optim.hold_norm is 'bias', which the path of no matrix contains"),
         (dict(no_muon="["), r"optim.no_muon has '\['.*not a regular expression"),
     ],
 )
 def test_expressions_that_cannot_mean_anything_are_refused(knobs, message):
     with pytest.raises(InputError, match=message):
         learning_rate_scales(OptimConfig(**knobs), params_of("aether"), 16)
+        make_hold(OptimConfig(**knobs), params_of("aether"))
 
 
 COSINE_MIDDLE = 0.1 + 0.9 * 0.5
