@@ -9,6 +9,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,6 +135,20 @@ def test_one_unit_separates_xor(size, epsilon, spherical):
     y = np.asarray(product(spherical=spherical)(x, size * np.array([[1], [-1]], np.float32), 0.0, epsilon))[:, 0]
     assert (y[:2] <= spherical * (2 * ROUNDING) ** 2 / epsilon).all()  # the product of rounded unit vectors is not 0
     assert (y[2:] > 0.1).all() if spherical else (y[2:] > 0).all()
+
+
+@pytest.mark.parametrize("width", [128, 512, 2048])
+def test_with_b_and_alpha_by_width_independent_directions_give_responses_of_one_size(width):
+    """u is nearly z/√d with z ~ N(0, 1), so that with b = c/√d and α = d, y is nearly (z + c)²/(2 + ε).
+
+    Its mean is (1 + c²)/(2 + ε), its standard deviation √(2 + 4c²)/(2 + ε), up to a share of order 1/√d.
+    """
+    c, epsilon = 1.13, 0.3
+    x, w = normal(0, 512, width), normal(1, width, 256)
+    y = width * np.asarray(product(spherical=True)(x, w, np.float32(c / width**0.5), epsilon), np.float64)
+    share = 1.5 / width**0.5
+    np.testing.assert_allclose(y.mean(), (1 + c**2) / (2 + epsilon), rtol=share)
+    np.testing.assert_allclose(y.std(), (2 + 4 * c**2) ** 0.5 / (2 + epsilon), rtol=2 * share)
 
 
 @cache

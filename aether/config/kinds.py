@@ -82,6 +82,10 @@ RATE_FACTORS = {
     "resnet": 1.0,
 }
 
+# The widths of stream and heads that α, b and the learning rates of ⵟ transformers are given for. In wider ones they
+# follow the width (`aether.models.block`, `aether.train.optim`; docs/recipe.md).
+BASE_WIDTH, BASE_HEAD = 128, 32
+
 # Learning rates of a ⵟ transformer by group, expression over parameter paths -> factor; LOG.md has what was tried.
 # Prototypes, queries and keys count by their direction alone, and take larger steps than linear maps do.
 GROUPED_RATE = 1e-2  # at optim.base_width, of every size

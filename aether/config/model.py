@@ -73,10 +73,21 @@ class ModelConfig(Section, prefix="model"):
     rope_theta: float = knob(10000.0, "base of the rotary wavelengths", low=1.0)
     spherical: bool = knob(True, "ⵟ on unit vectors x/|x|, w/|w|; in a transformer")
     epsilon: float = knob(0.3, "initial ε of the ⵟ denominator (learned); in a transformer", low=1e-6)
-    attention_alpha: float = knob(8.0, "initial α of attention scores (learned per head)", low=0.0)
-    mlp_alpha: float = knob(16.0, "initial α of hidden units (learned per layer)", low=0.0)
+    attention_alpha: float = knob(
+        8.0,
+        "initial α of attention scores (learned per head), in heads of up to 32; × (width / 32)^1.5 in wider ones",
+        low=0.0,
+    )
+    mlp_alpha: float = knob(
+        16.0,
+        "initial α of hidden units (learned per layer), in networks up to 128 wide; × width / 128 in wider ones",
+        low=0.0,
+    )
     yat_bias: float = knob(
-        0.1, "initial b = softplus(bias) of ⵟ units (learned; 0: no bias); in a transformer", low=0.0
+        0.1,
+        "initial b = softplus(bias) of a transformer's ⵟ units (learned; 0: no bias), × the root of 128 / width, in "
+        "scores 32 / width, where wider",
+        low=0.0,
     )
     conv_spherical: bool = knob(False, "the same four of a ResNet's ⵟ convolutions: on unit vectors")
     conv_epsilon: float = knob(1.0, "initial ε", low=1e-6)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from aether.config.kinds import BASE_WIDTH
 from aether.config.section import AUTO, Section, knob
 from aether.errors import InputError
 
@@ -19,7 +20,7 @@ class OptimConfig(Section, prefix="optim"):
         choices=(AUTO, "one", "grouped"),
         auto=True,
     )
-    base_width: int = knob(128, "width of the residual stream at which the learning rate was found", low=1)
+    base_width: int = knob(BASE_WIDTH, "width of the residual stream at which the learning rate was found", low=1)
     schedule: str = knob("cosine", "shape after warm-up", choices=("cosine", "wsd", "linear", "constant"))
     schedule_steps: int = knob(0, "steps of the whole schedule (0: train.steps)", low=0, auto=True)
     warmup_steps: int = knob(100, "steps of linear warm-up", low=0)

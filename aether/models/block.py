@@ -13,6 +13,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from aether.config import ModelConfig
+from aether.config.kinds import BASE_HEAD, BASE_WIDTH
 from aether.nn import Attention, KVCache, LayerNorm, Linear, YatAttention, YatLinearAttention, YatMLP
 from aether.nn.param import stack
 from aether.parallel import activation
@@ -142,10 +143,22 @@ def layer_norm(c: ModelConfig) -> LayerNorm | None:
     return LayerNorm(c.width, use_bias=c.linear_bias == "yes", dtype=c.dtype) if c.norm == "layernorm" else None
 
 
-def unit_options(c: ModelConfig, alpha: float) -> dict[str, Any]:
-    """Return the options of a ⵟ unit, without whether it has a bias."""
-    learned = dict(softplus_bias=c.yat_bias > 0, bias_init=c.yat_bias, alpha_init=alpha, learnable_epsilon=True)
-    return dict(**learned, epsilon=c.epsilon, spherical=c.spherical)
+def wider(inputs: int, base: int) -> float:
+    """Return how many times wider than the base something is; 1 where it is not."""
+    return max(1.0, inputs / base)
+
+
+def unit_options(c: ModelConfig, alpha: float, times: float = 1.0, power: float = 1.0) -> dict[str, Any]:
+    """Return the options of a ⵟ unit, without whether it has a bias.
+
+    Directions that have nothing to do with each other have a cosine u of order 1/√d in d dimensions. In a spherical
+    unit `times` as wide as the base b follows it, and α makes up for (u + b)² of order 1/d, so that responses have one
+    scale and one shape at every width; in scores, which are divided by √d as well, with power 3/2.
+    """
+    if not c.spherical:
+        times = 1.0
+    learned = dict(softplus_bias=c.yat_bias > 0, bias_init=c.yat_bias / times**0.5, alpha_init=alpha * times**power)
+    return dict(**learned, learnable_epsilon=True, epsilon=c.epsilon, spherical=c.spherical)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -161,7 +174,12 @@ def _branch_std(c: ModelConfig) -> tuple[float, float]:
     Without a ⵟ unit the network is the usual one, and starts as that does.
     """
     usual = (c.attention, c.mlp) == ("dot", "gelu")
-    return USUAL_STD if usual else c.width**-0.5, USUAL_STD / (2 * c.layers) ** 0.5
+    return USUAL_STD if usual else c.width**-0.5, final_std(c) / (2 * c.layers) ** 0.5
+
+
+def final_std(c: ModelConfig) -> float:
+    """Return the initial standard deviation of maps out of the stream: by 1/√d, so that what they give is as large."""
+    return USUAL_STD / (wider(c.width, BASE_WIDTH) ** 0.5 if c.has_units else 1.0)
 
 
 def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention | YatLinearAttention:
@@ -179,7 +197,7 @@ def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention | YatLinearAttention
         return YatLinearAttention(c.width, c.heads, num_features=features, bias=c.yat_bias, epsilon=c.epsilon, **kwargs)
     if c.attention == "dot":
         return Attention(c.width, c.heads, impl=c.attention_impl, **kwargs)
-    unit = unit_options(c, c.attention_alpha)
+    unit = unit_options(c, c.attention_alpha, wider(c.width // c.heads, BASE_HEAD), 1.5)
     return YatAttention(c.width, c.heads, use_score_bias=c.yat_bias > 0, impl=c.attention_impl, **unit, **kwargs)
 
 
@@ -188,5 +206,5 @@ def _mlp(c: ModelConfig, rngs: nnx.Rngs) -> MLP | YatMLP:
     use_bias = c.linear_bias == "yes"
     if c.mlp == "gelu":
         return MLP(c.width, c.hidden, std=std, out_std=out_std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
-    unit = dict(use_bias=c.yat_bias > 0, **unit_options(c, c.mlp_alpha))
+    unit = dict(use_bias=c.yat_bias > 0, **unit_options(c, c.mlp_alpha, wider(c.width, BASE_WIDTH)))
     return YatMLP(c.width, c.hidden, out_bias=use_bias, out_std=out_std, dtype=c.dtype, rngs=rngs, **unit)

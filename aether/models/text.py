@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from aether.config import ModelConfig
-from aether.models.block import USUAL_STD, layer_norm, stacked, through
+from aether.models.block import USUAL_STD, final_std, layer_norm, stacked, through
 from aether.nn import Embed, KVCache, Linear
 from aether.nn.param import pad_axis
 from aether.parallel import looked_up
@@ -43,7 +43,7 @@ class TextModel(nnx.Module):
         self.blocks = stacked(c, causal, rngs)
         self.norm = layer_norm(c)
         axes = ("embed", "vocab")
-        self.head = None if tied else Linear(c.width, c.vocab, std=USUAL_STD, use_bias=False, axes=axes, rngs=rngs)
+        self.head = None if tied else Linear(c.width, c.vocab, std=final_std(c), use_bias=False, axes=axes, rngs=rngs)
         if self.head is not None:
             pad_axis(self.head.kernel, 1, c.rows)
 

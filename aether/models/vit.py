@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from aether.config import ModelConfig
-from aether.models.block import USUAL_STD, layer_norm, stacked, through, unit_options
+from aether.models.block import final_std, layer_norm, stacked, through, unit_options
 from aether.nn import Embed, Linear, YatNMN
 from aether.parallel import activation
 
@@ -86,6 +86,6 @@ def cut(images: Array, patch: int) -> Array:
 def _head(c: ModelConfig, rngs: nnx.Rngs) -> Linear | YatNMN:
     axes = ("embed", None)
     if c.head == "linear":
-        return Linear(c.width, c.classes, std=USUAL_STD, use_bias=c.linear_bias == "yes", axes=axes, rngs=rngs)
+        return Linear(c.width, c.classes, std=final_std(c), use_bias=c.linear_bias == "yes", axes=axes, rngs=rngs)
     unit = dict(use_bias=c.yat_bias > 0, **unit_options(c, c.mlp_alpha))
     return YatNMN(c.width, c.classes, axes=axes, rngs=rngs, **unit)

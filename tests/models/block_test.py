@@ -114,3 +114,29 @@ def test_how_kernels_start(parts, std):
     starts += [(model.mlp.hidden.kernel, std)] if parts.get("mlp") == "gelu" or "kind" in parts else []
     for kernel, wanted in starts:
         assert abs(float(kernel[...].std()) / wanted - 1) < 0.03
+
+
+def test_wide_blocks_start_as_those_of_the_base_width_do(rng):
+    """Responses, what branches add, and through b and α the scores: the same at four times the width."""
+
+    def start(width):
+        c = config(layers=1, width=width)
+        block = nnx.merge(*nnx.split(Block(c, False, nnx.Rngs(0))))
+        x = jnp.asarray(rng.normal(size=(4, 64, width)), jnp.float32)
+        y, attended = block.mlp.hidden(x), block.attention(x)[0]
+        return block.attention, [y.mean(), y.std(), block.mlp(x).std(), attended.std()]
+
+    (small, of_small), (large, of_large) = start(128), start(512)
+    np.testing.assert_allclose(of_large, of_small, rtol=0.15)
+    np.testing.assert_allclose(large.alpha[...], 8 * 4**1.5, rtol=1e-6)
+    np.testing.assert_allclose(large.unit()["bias"], 0.1 / 2, rtol=1e-5)
+    np.testing.assert_allclose(small.alpha[...], 8.0)
+
+
+def test_narrow_blocks_plain_ones_and_baselines_keep_what_they_are_given():
+    for parts in (dict(width=64), dict(width=512, spherical=False)):
+        mlp = Block(config(layers=1, **parts), False, nnx.Rngs(0)).mlp.hidden
+        np.testing.assert_allclose(mlp.alpha[...], 16.0)
+        np.testing.assert_allclose(mlp.unit()["bias"], 0.1, rtol=1e-5)
+    out = Block(config(kind="bert", layers=1, width=512), False, nnx.Rngs(0)).mlp.out
+    np.testing.assert_allclose(np.std(out.kernel[...]), 0.02 / 2**0.5, rtol=0.02)
