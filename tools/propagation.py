@@ -196,19 +196,29 @@ def picture(key: str, found: Check) -> bytes:
 
     names = list(next(iter(found.values()))[0])
     steps = len(next(iter(found.values())))
-    figure = new_figure(3.2 * len(names), 3.2, dpi=130)
+    rows = -(-len(names) // 3)
+    figure = new_figure(9.6, 2.9 * rows, dpi=130)
     colors = matplotlib.colormaps["viridis_r"](np.linspace(0.1, 1.0, steps))
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    axes = figure.subplots(rows, 3, squeeze=False).flat
+    for name, axis in zip(names, axes, strict=False):
         for k in range(steps):
             axis.plot(
                 list(found), [numbers[k][name] for numbers in found.values()], "o-", ms=3, color=colors[k], label=k
             )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        room = max(1.0, (10.0 * low / high) ** 0.5)  # a decade at least: small changes look small
+        axis.set_ylim(low / room, high * room)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set_xticks(list(found), [f"{value:g}" for value in found])
         axis.set_title(name)
         axis.set_xlabel(key)
         plain(axis)
+    for axis in axes:
+        axis.axis("off")
+    axis = figure.axes[len(names) - 1]
     axis.legend(title="steps", frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return png(figure)
 
