@@ -67,7 +67,7 @@ def test_cases_of_studies_build_and_their_expressions_find_parameters():
         for name, entries in cases.items():
             words = ["data.path=x", *(f"{key}={value}" for key, value in entries.items())]
             config = make_config(str(FOLDER / "shakespeare_char.py"), words).resolved(66)
-            learning_rate_scales(config.optim, describe_model(config)[1], config.model.width)
+            learning_rate_scales(config.optim, describe_model(config)[1], config.model)
             assert config != make_config(str(FOLDER / "shakespeare_char.py"), words[:1]).resolved(66) or not entries, (
                 name
             )

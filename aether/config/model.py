@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from aether.config.kinds import BOTTLENECKS, HEADS, KINDS, OPEN, REMAT_NAMES, SIZES, TASKS
+from aether.config.kinds import BASE_HEAD, BASE_WIDTH, BOTTLENECKS, HEADS, KINDS, OPEN, REMAT_NAMES, SIZES, TASKS
 from aether.config.section import AUTO, Section, knob
 from aether.errors import InputError
 
@@ -145,6 +145,11 @@ class ModelConfig(Section, prefix="model"):
     def has_units(self) -> bool:
         """Whether a resolved network has ⵟ units at all, attention's too."""
         return self.prototypes or self.attention in ("yat", "yat_linear")
+
+    @property
+    def times_wider(self) -> tuple[float, float]:
+        """How many times wider than the recipe's a transformer's stream and heads are; 1 where they are not."""
+        return max(1.0, self.width / BASE_WIDTH), max(1.0, self.width / self.heads / BASE_HEAD)
 
     @property
     def rows(self) -> int:

@@ -13,7 +13,6 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from aether.config import ModelConfig
-from aether.config.kinds import BASE_HEAD, BASE_WIDTH
 from aether.nn import Attention, KVCache, LayerNorm, Linear, YatAttention, YatLinearAttention, YatMLP
 from aether.nn.param import stack
 from aether.parallel import activation
@@ -143,11 +142,6 @@ def layer_norm(c: ModelConfig) -> LayerNorm | None:
     return LayerNorm(c.width, use_bias=c.linear_bias == "yes", dtype=c.dtype) if c.norm == "layernorm" else None
 
 
-def wider(inputs: int, base: int) -> float:
-    """Return how many times wider than the base something is; 1 where it is not."""
-    return max(1.0, inputs / base)
-
-
 def unit_options(c: ModelConfig, alpha: float, times: float = 1.0, power: float = 1.0) -> dict[str, Any]:
     """Return the options of a ⵟ unit, without whether it has a bias.
 
@@ -179,7 +173,7 @@ def _branch_std(c: ModelConfig) -> tuple[float, float]:
 
 def final_std(c: ModelConfig) -> float:
     """Return the initial standard deviation of maps out of the stream: by 1/√d, so that what they give is as large."""
-    return USUAL_STD / (wider(c.width, BASE_WIDTH) ** 0.5 if c.has_units else 1.0)
+    return USUAL_STD / (c.times_wider[0] ** 0.5 if c.has_units else 1.0)
 
 
 def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention | YatLinearAttention:
@@ -197,7 +191,7 @@ def _attention(c: ModelConfig, rngs: nnx.Rngs) -> Attention | YatLinearAttention
         return YatLinearAttention(c.width, c.heads, num_features=features, bias=c.yat_bias, epsilon=c.epsilon, **kwargs)
     if c.attention == "dot":
         return Attention(c.width, c.heads, impl=c.attention_impl, **kwargs)
-    unit = unit_options(c, c.attention_alpha, wider(c.width // c.heads, BASE_HEAD), 1.5)
+    unit = unit_options(c, c.attention_alpha, c.times_wider[1], 1.5)
     return YatAttention(c.width, c.heads, use_score_bias=c.yat_bias > 0, impl=c.attention_impl, **unit, **kwargs)
 
 
@@ -206,5 +200,5 @@ def _mlp(c: ModelConfig, rngs: nnx.Rngs) -> MLP | YatMLP:
     use_bias = c.linear_bias == "yes"
     if c.mlp == "gelu":
         return MLP(c.width, c.hidden, std=std, out_std=out_std, use_bias=use_bias, dtype=c.dtype, rngs=rngs)
-    unit = dict(use_bias=c.yat_bias > 0, **unit_options(c, c.mlp_alpha, wider(c.width, BASE_WIDTH)))
+    unit = dict(use_bias=c.yat_bias > 0, **unit_options(c, c.mlp_alpha, c.times_wider[0]))
     return YatMLP(c.width, c.hidden, out_bias=use_bias, out_std=out_std, dtype=c.dtype, rngs=rngs, **unit)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from optax.contrib import MuonDimensionNumbers
 
-from aether.config import OptimConfig
+from aether.config import ModelConfig, OptimConfig
 from aether.config.kinds import GROUP_RATES
 from aether.errors import InputError
 
@@ -82,18 +82,18 @@ def decay_mask(c: OptimConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def learning_rate_scales(c: OptimConfig, params: Any, width: int) -> Any:
+def learning_rate_scales(c: OptimConfig, params: Any, model: ModelConfig) -> Any:
     """Return each parameter's learning rate factor, that of the first expression in `lr_scale` found in its path.
 
     With `rates="grouped"` times that of its group (`aether.config.kinds.GROUP_RATES`), and times base_width / width of
     kernels in wider networks, each of which sums over a number of inputs that grows with the width: Adam's steps have
     one size whatever the gradient's, so that their sum would grow as well (Yang et al., 2022, arXiv 2203.03466). Tables
-    are read row by row, and keep theirs.
+    are read row by row, and keep theirs; α is as much larger in wider networks as its steps then are.
 
     Args:
       c: resolved.
       params: shapes are enough.
-      width: of the residual stream.
+      model: resolved.
 
     Raises:
       InputError: an expression that is not valid, or that no path matches.
@@ -108,11 +108,17 @@ def learning_rate_scales(c: OptimConfig, params: Any, width: int) -> Any:
                 return factor
         return 1.0
 
+    def by_width(path: tuple) -> float:
+        stream, heads = model.times_wider
+        if name(path).endswith("kernel"):
+            return min(1.0, c.base_width / model.width)
+        return {"attention/alpha": heads**1.5, "hidden/alpha": stream}.get("/".join(name(path).split("/")[-2:]), 1.0)
+
     def one(path: tuple, v: nnx.Variable) -> float:
         factor = first(c.lr_scale, path)
         if c.rates == "grouped":
             factor *= first(GROUP_RATES, path)
-            factor *= min(1.0, c.base_width / width) if name(path).endswith("kernel") else 1.0
+            factor *= by_width(path)
         return factor
 
     scales = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))

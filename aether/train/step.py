@@ -77,7 +77,7 @@ def make_step(
       params: shapes are enough; decides learning rates and decay by path.
     """
     optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim)
-    scales = learning_rate_scales(config.optim, params, config.model.width)
+    scales = learning_rate_scales(config.optim, params, config.model)
     hold = make_hold(config.optim, params)
     seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
     rkhs_decay = config.optim.rkhs_decay

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aether.config import OptimConfig
+from aether.config import ModelConfig, OptimConfig
 from aether.errors import InputError
 from aether.models import describe_model
 from aether.testing import tiny_config
@@ -36,6 +36,10 @@ def named(tree):
 def params_of(kind):
     c = tiny_config(kind)
     return describe_model(c)[1]
+
+
+def sized(width):
+    return ModelConfig(kind="aether", width=width, heads=4).resolved(32)
 
 
 def adamw(c, params, grads_of_steps, decayed, nesterov=False):
@@ -156,7 +160,7 @@ def test_decay_is_for_matrices_by_path():
 
 def test_learning_rates_by_path_the_first_match_counts():
     c = OptimConfig(lr_scale={"embed": 0.5, "embedding|head": 0.1, "alpha": 3.0})
-    scales = named(learning_rate_scales(c, params_of("aether"), 16))
+    scales = named(learning_rate_scales(c, params_of("aether"), sized(16)))
     assert (scales["embed/embedding"], scales["head/kernel"]) == (0.5, 0.1)
     assert scales["blocks/attention/alpha"] == scales["blocks/mlp/hidden/alpha"] == 3.0
     assert scales["blocks/mlp/out/kernel"] == 1.0
@@ -165,18 +169,21 @@ def test_learning_rates_by_path_the_first_match_counts():
 def test_grouped_rates_are_by_group_and_width():
     """Points keep the learning rate, linear maps of attention and tables have their own, wide kernels less."""
     c = OptimConfig(rates="grouped", base_width=128)
-    narrow, wide = (named(learning_rate_scales(c, params_of("aether"), width)) for width in (128, 512))
+    narrow, wide = (named(learning_rate_scales(c, params_of("aether"), sized(width))) for width in (128, 512))
     attention = dict(query=1.0, key=1.0, value=0.3, out=0.3)
     wanted = {f"blocks/attention/{k}/kernel": v for k, v in attention.items()}
     wanted |= {"blocks/mlp/hidden/kernel": 1.0, "blocks/mlp/out/kernel": 1.0, "head/kernel": 1.0}
     kept = {f"blocks/{k}": 1.0 for k in ("attention/alpha", "attention/bias", "attention/epsilon_param")}
     kept |= {f"blocks/mlp/hidden/{k}": 1.0 for k in ("alpha", "bias", "epsilon_param")} | {"embed/embedding": 3.0}
     assert narrow == wanted | kept
+    kept |= {"blocks/attention/alpha": 4**1.5, "blocks/mlp/hidden/alpha": 4.0}  # as they themselves are
     assert wide == {k: v / 4 for k, v in wanted.items()} | kept
-    assert named(learning_rate_scales(c, params_of("aether"), 16)) == narrow, "narrower ones were not measured"
+    assert named(learning_rate_scales(c, params_of("aether"), sized(16))) == narrow, "narrower ones were not measured"
     own = OptimConfig(rates="grouped", lr_scale={"out": 10.0})
-    assert named(learning_rate_scales(own, params_of("aether"), 256))["blocks/attention/out/kernel"] == 10 * 0.3 / 2
-    assert set(named(learning_rate_scales(OptimConfig(rates="one"), params_of("aether"), 512)).values()) == {1.0}
+    assert (
+        named(learning_rate_scales(own, params_of("aether"), sized(256)))["blocks/attention/out/kernel"] == 10 * 0.3 / 2
+    )
+    assert set(named(learning_rate_scales(OptimConfig(rates="one"), params_of("aether"), sized(512))).values()) == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,7 @@ def test_grouped_rates_are_by_group_and_width():
 )
 def test_expressions_that_cannot_mean_anything_are_refused(knobs, message):
     with pytest.raises(InputError, match=message):
-        learning_rate_scales(OptimConfig(**knobs), params_of("aether"), 16)
+        learning_rate_scales(OptimConfig(**knobs), params_of("aether"), sized(16))
         make_hold(OptimConfig(**knobs), params_of("aether"))
 
 
