@@ -155,6 +155,7 @@ def test_a_run_of_its_own(undisturbed):
     assert (folder / "curves.png").stat().st_size > 10_000 and list((folder / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_and_going_on(config, undisturbed, tmp_path):
     """Kill it while it saves, kill it between, stop it politely, and let it end: nobody can tell."""
     folder = tmp_path / "run"
@@ -191,6 +192,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(config, small_disk):
     folder = small_disk / "run"
     flags = ["--config.train.eval_every=0", "--config.train.sample_tokens=0", "--config.optim.schedule_steps=60"]
