@@ -205,6 +205,15 @@ def test_telemetry_is_for_networks_that_have_units_and_takes_rows_of_a_batch():
     with_(**few | dict(train=dict(telemetry_rows=3))).resolved()
 
 
+def test_points_are_what_units_compare():
+    points = lambda **model: with_(model=model).resolved(100).optim.no_muon  # noqa: E731
+    assert points(kind="aether") == r"mlp/hidden/kernel|attention/(query|key)/kernel"
+    assert points(kind="gpt2") == points(mlp="gelu", attention="dot") == ""
+    assert points(kind="gpt2", mlp="yat") == "mlp/hidden/kernel"
+    assert with_(optim=dict(no_muon="")).resolved(100).optim.no_muon == ""
+    assert with_(model=dict(kind="aether_resnet")).resolved(0, PICTURES).optim.no_muon == ""
+
+
 def test_resolved_configs_survive_json():
     config = with_(optim=dict(lr_scale={"a": 2.0}), data=dict(validation={"v": "p"})).resolved(100)
     assert build(config.to_json()) == config

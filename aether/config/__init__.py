@@ -84,7 +84,8 @@ class Config:
             )
         self._check_telemetry(model)
         length = self.optim.schedule_steps or self.train.steps
-        optim = dataclasses.replace(self.optim, learning_rate=rate, rates=rates, schedule_steps=length)
+        no_muon = model.points if self.optim.no_muon == AUTO else self.optim.no_muon
+        optim = dataclasses.replace(self.optim, learning_rate=rate, rates=rates, schedule_steps=length, no_muon=no_muon)
         if self.data.batch_size % self.train.accumulate:
             raise InputError(
                 f"data.batch_size is {self.data.batch_size} and train.accumulate {self.train.accumulate}; "

@@ -147,6 +147,12 @@ class ModelConfig(Section, prefix="model"):
         return self.prototypes or self.attention in ("yat", "yat_linear")
 
     @property
+    def points(self) -> str:
+        """A regular expression for the paths of a resolved transformer's kernels that are points more than maps."""
+        hidden, scores = self.mlp == "yat", self.attention in ("yat", "yat_linear")
+        return "|".join(hidden * [r"mlp/hidden/kernel"] + scores * [r"attention/(query|key)/kernel"])
+
+    @property
     def times_wider(self) -> tuple[float, float]:
         """How many times wider than the recipe's a transformer's stream and heads are; 1 where they are not."""
         return max(1.0, self.width / BASE_WIDTH), max(1.0, self.width / self.heads / BASE_HEAD)

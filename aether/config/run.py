@@ -47,7 +47,12 @@ class OptimConfig(Section, prefix="optim"):
     )
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
     momentum: float = knob(0.95, "momentum of muon", low=0.0, high=0.9999)
-    no_muon: str = knob("", "regular expression over parameter paths that muon leaves to AdamW (empty: none)")
+    no_muon: str = knob(
+        AUTO,
+        "regular expression over parameter paths that muon leaves to AdamW (empty: none; auto: the prototypes of a "
+        "transformer's ⵟ units, queries and keys of ⵟ-attention)",
+        auto=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def test_adamw_is_adamw(rng, clip):
 
 
 def test_muon_makes_each_matrix_of_a_stack_nearly_orthogonal_and_leaves_the_rest_to_adam(rng):
-    c = OptimConfig(name="muon", clip=0.0, weight_decay=0.0)
+    c = OptimConfig(name="muon", no_muon="", clip=0.0, weight_decay=0.0)
     params, grads = make_params(rng), [{k: rng.normal(size=s) for k, (s, _) in SHAPES.items()} for _ in range(2)]
     grads[0]["matrix"][1] *= 1e3  # one layer's scale must not touch the other's
     before, got = named(params), run(c, params, grads[:1])
@@ -109,6 +109,20 @@ def test_muon_leaves_to_adam_what_it_is_told_to(rng):
         np.testing.assert_allclose(value, want[k], atol=2e-6, err_msg=k)
 
 
+def test_muon_leaves_points_to_adam_by_default():
+    found = {}
+    for kind in ("aether", "gpt2"):
+        c = tiny_config(kind, optim=dict(name="muon")).resolved(32).optim
+        momenta = make_optimizer(c).init(params_of(kind))
+        kept = jax.tree_util.tree_flatten_with_path(momenta)[0]
+        found[kind] = {
+            name(path).split("blocks/")[-1] for path, _ in kept if "muon" in name(path) and "blocks" in name(path)
+        }
+    maps = {"attention/value/kernel", "attention/out/kernel", "mlp/out/kernel"}
+    assert found["aether"] == maps
+    assert found["gpt2"] == maps | {"attention/query/kernel", "attention/key/kernel", "mlp/hidden/kernel"}
+
+
 def test_muon_takes_the_kernels_of_convolutions_as_matrices(rng):
     """From patches to features, each layer of a stack apart; not the stem's, whose channels are those of the images."""
     shapes = {
@@ -121,7 +135,7 @@ def test_muon_takes_the_kernels_of_convolutions_as_matrices(rng):
     )
     before = named(params)
     grads = [{k: rng.normal(size=s) for k, (s, _) in shapes.items()}]
-    got = run(OptimConfig(name="muon", clip=0.0, weight_decay=0.0), params, grads, shapes)
+    got = run(OptimConfig(name="muon", no_muon="", clip=0.0, weight_decay=0.0), params, grads, shapes)
     moves = {k: (np.asarray(got[k]) - np.asarray(before[k])) / 0.01 for k in shapes}
     for move in (moves["first"], *moves["rest"]):
         values = np.linalg.svd(move.reshape(18, 4))[1]
