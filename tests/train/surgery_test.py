@@ -126,7 +126,7 @@ def test_a_grown_run_computes_the_same_and_trains_on(made, tmp_path):
         silent = name.startswith("opt_state/") or name.endswith("out/kernel")
         assert silent == (not new.any()), name
         moved += name.startswith("opt_state/")
-    assert moved == 4, "Muon's momentum of both kernels, Adam's two moments of the bias"
+    assert moved == 5, "Muon's momentum of the outputs' kernel, Adam's two moments of prototypes and biases"
     for average in ("none", "ema"):
         a, b = outputs(run, average), outputs(tmp_path / "out", average)
         assert np.abs(a - b).max() <= 1e-6 * np.abs(a).max()
