@@ -87,7 +87,7 @@ RATE_FACTORS = {
 BASE_WIDTH, BASE_HEAD = 128, 32
 
 # Learning rates of a ⵟ transformer by group, expression over parameter paths -> factor; LOG.md has what was tried.
-# Prototypes, queries and keys count by their direction alone, and take larger steps than linear maps do.
+# Values and outputs of attention want smaller steps than the rest; points bear any, as they brake themselves.
 GROUPED_RATE = 1e-2  # at optim.base_width, of every size
 GROUP_RATES = {r"attention/(value|out)/": 0.3, r"embedding$": 3.0}
 RATES = {kind: "grouped" if kind == "aether" else "one" for kind in KINDS}

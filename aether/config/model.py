@@ -154,7 +154,12 @@ class ModelConfig(Section, prefix="model"):
 
     @property
     def times_wider(self) -> tuple[float, float]:
-        """How many times wider than the recipe's a transformer's stream and heads are; 1 where they are not."""
+        """How many times wider than the recipe's a transformer's stream and heads are; 1 where they are not.
+
+        The recipe is of spherical units, and plain ones follow no rule of width.
+        """
+        if not self.spherical:
+            return 1.0, 1.0
         return max(1.0, self.width / BASE_WIDTH), max(1.0, self.width / self.heads / BASE_HEAD)
 
     @property

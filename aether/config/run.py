@@ -16,7 +16,7 @@ class OptimConfig(Section, prefix="optim"):
     rates: str = knob(
         AUTO,
         "one learning rate, or grouped: that of ⵟ transformers, times a factor by group, and for matrices of networks "
-        "wider than optim.base_width times base_width / width (auto: by kind)",
+        "wider than optim.base_width times base_width / width, α in proportion to its size (auto: by kind)",
         choices=(AUTO, "one", "grouped"),
         auto=True,
     )

@@ -149,8 +149,6 @@ def unit_options(c: ModelConfig, alpha: float, times: float = 1.0, power: float 
     unit `times` as wide as the base b follows it, and α makes up for (u + b)² of order 1/d, so that responses have one
     scale and one shape at every width; in scores, which are divided by √d as well, with power 3/2.
     """
-    if not c.spherical:
-        times = 1.0
     learned = dict(softplus_bias=c.yat_bias > 0, bias_init=c.yat_bias / times**0.5, alpha_init=alpha * times**power)
     return dict(**learned, learnable_epsilon=True, epsilon=c.epsilon, spherical=c.spherical)
 

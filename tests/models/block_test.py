@@ -138,5 +138,6 @@ def test_narrow_blocks_plain_ones_and_baselines_keep_what_they_are_given():
         mlp = Block(config(layers=1, **parts), False, nnx.Rngs(0)).mlp.hidden
         np.testing.assert_allclose(mlp.alpha[...], 16.0)
         np.testing.assert_allclose(mlp.unit()["bias"], 0.1, rtol=1e-5)
+    assert config(width=512, spherical=False).times_wider == (1.0, 1.0), "nor do α's steps grow where α does not"
     out = Block(config(kind="bert", layers=1, width=512), False, nnx.Rngs(0)).mlp.out
     np.testing.assert_allclose(np.std(out.kernel[...]), 0.02 / 2**0.5, rtol=0.02)
