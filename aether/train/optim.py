@@ -146,16 +146,16 @@ def make_hold(c: OptimConfig, params: Any) -> Callable[[Any, Any], Any]:
     """
     check_expressions(c)
 
-    def inputs(path: tuple, v: nnx.Variable) -> tuple[int, ...]:
+    matrices = {}
+    for path, v in jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda v: isinstance(v, nnx.Variable))[0]:
         axes = v.get_metadata()["axes"]
-        first = int(axes[0] == "layers")
-        chosen = c.hold_norm and re.search(c.hold_norm, name(path))
-        return tuple(range(first, len(axes) - 1)) if chosen else ()
-
-    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda v: isinstance(v, nnx.Variable))[0]
-    over = {name(path): axes for path, v in paths if (axes := inputs(path, v))}
+        if inputs := tuple(range(int(axes[0] == "layers"), len(axes) - 1)):
+            matrices[name(path)] = inputs
+    over = {key: axes for key, axes in matrices.items() if c.hold_norm and re.search(c.hold_norm, key)}
     if c.hold_norm and not over:
-        raise InputError(f"optim.hold_norm is {c.hold_norm!r}, which the path of no matrix contains.")
+        raise InputError(
+            f"optim.hold_norm is {c.hold_norm!r}, found in no matrix's path; there are {', '.join(matrices)}."
+        )
 
     def one(path: tuple, new: Array, old: Array) -> Array:
         axes = over.get(name(path))

@@ -206,7 +206,10 @@ def test_grouped_rates_are_by_group_and_width():
         (dict(lr_scale={"nothing": 2.0}), "optim.lr_scale has 'nothing'.*no parameter path.*blocks/mlp/out/kernel"),
         (dict(lr_scale={"(": 2.0}), r"optim.lr_scale has '\('.*not a regular expression"),
         (dict(no_decay="["), r"optim.no_decay has '\['.*not a regular expression"),
-        (dict(hold_norm="bias"), "optim.hold_norm is 'bias', which the path of no matrix contains"),
+        (
+            dict(hold_norm="bias"),
+            "optim.hold_norm is 'bias', found in no matrix's path; there are .*blocks/mlp/out/kernel, embed",
+        ),
         (dict(no_muon="["), r"optim.no_muon has '\['.*not a regular expression"),
     ],
 )
