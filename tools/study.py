@@ -14,6 +14,9 @@ so the same command goes on after a kill.
 half of the values goes on (successive halving), and --finalists=N lets the better half of the combinations go on, and
 the N best and the first get the whole runs.
 
+On an accelerator --together=N makes up to N runs that differ in seed and learning rate alone one program, the training
+step under jax.vmap: a small network leaves most of the device idle. Its runs have no folder of their own.
+
 OUT/results.jsonl has a line for every run, OUT/logs what each said, OUT/sweep.png the losses over the swept key,
 OUT/compute.png those of the whole runs over their floating-point operations.
 """
@@ -23,7 +26,7 @@ from pathlib import Path
 
 from absl import flags
 
-from aether.errors import AetherError
+from aether.errors import AetherError, InputError
 from launch import cli
 from tools.study_plan import open_folder, plan, read_plan, read_results
 from tools.study_runs import Runner, sole_user, stop_signals
@@ -35,10 +38,12 @@ def main(args: flags.FlagValues) -> None:
     out = Path(args.out)
     study = read_plan(out) if args.table_only else plan(args)
     results = read_results(out)
+    if args.together > 1 and study.key not in ("", "optim.learning_rate"):
+        raise InputError(f"--together is {args.together} with --sweep={study.key}; it takes optim.learning_rate alone.")
     if not args.table_only:
         with sole_user(out) as lock:
             open_folder(out, study)
-            runner = Runner(study, out, args.jobs, lock)
+            runner = Runner(study, out, args.jobs, lock, args.together)
             with stop_signals(runner):
                 for rung in range(study.rungs):
                     ladder = study.ladder(runner.results)
@@ -70,6 +75,7 @@ def define() -> flags.FlagValues:
     flags.DEFINE_integer(
         "jobs", 1, "runs at a time, the cores shared out among them", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_integer("together", 1, "runs that are one program", 1, 1000, flag_values=values)
     flags.DEFINE_string("out", "runs/study", "folder of the runs, results.jsonl and sweep.png", values)
     flags.DEFINE_bool("table_only", False, "print the tables of what is done in --out", values)
     return values

@@ -1,4 +1,6 @@
-"""Runs the jobs of a study side by side, each a `launch.train` of its own, and writes down how they ended."""
+"""Runs the jobs of a study side by side, each a `launch.train` of its own or several as one program, and writes down
+how they ended.
+"""
 
 import concurrent.futures
 import contextlib
@@ -25,6 +27,7 @@ from aether.train.flops import flops_per_step
 from tools.study_plan import RESULTS, Job, Study, read_results
 
 TRAIN = [sys.executable, "-m", "launch.train"]
+TOGETHER = [sys.executable, "-m", "tools.study_together"]
 DIVERGED_EXIT = 3  # too many non-finite steps in a row
 FATAL = {2: InputError, 74: StorageError}  # what the next run would end with too
 
@@ -37,10 +40,11 @@ class Runner:
       out: its folder.
       jobs: how many at a time.
       lock: file descriptor that the runs inherit, see `sole_user`.
+      together: runs that differ in seed and learning rate alone are one program, up to so many of them.
     """
 
-    def __init__(self, study: Study, out: Path, jobs: int, lock: int):
-        self.study, self.out, self.jobs, self.lock = study, out, jobs, lock
+    def __init__(self, study: Study, out: Path, jobs: int, lock: int, together: int = 1):
+        self.study, self.out, self.jobs, self.lock, self.together = study, out, jobs, lock, together
         self.results = read_results(out)
         self.cores: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
         for group in cpu_groups(jobs):
@@ -56,7 +60,7 @@ class Runner:
         """Run what is not done yet, failed runs again; raise what ended it early."""
         todo = [j for j in jobs if self.results.get(j.name, {}).get("status") not in ("done", "diverged")]
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            for future in [pool.submit(self._run, job) for job in todo]:
+            for future in [pool.submit(self._run, group) for group in self._groups(todo)]:
                 future.result()
         if self.end:
             raise self.end
@@ -68,37 +72,56 @@ class Runner:
             for child in self.children:
                 child.terminate()
 
-    def _run(self, job: Job) -> None:
+    def _groups(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Return the jobs by what runs as one program."""
+        alike: dict[Any, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault((job.combination, job.steps), []).append(job)
+        n = self.together
+        return [each[i : i + n] for each in alike.values() for i in range(0, len(each), n)]
+
+    def _run(self, group: Sequence[Job]) -> None:
         cores = self.cores.get()
         try:
             if cores:
                 os.sched_setaffinity(0, cores)  # of this thread; the child inherits it, and sizes XLA's pool by it
-            self._train(job)
+            self._train(group)
         except Exception as error:
-            self.stop(error if isinstance(error, AetherError) else AetherError(f"{job.name}: {error!r}"))
+            self.stop(error if isinstance(error, AetherError) else AetherError(f"{group[0].name}: {error!r}"))
             raise
         finally:
             self.cores.put(cores)
 
-    def _train(self, job: Job) -> None:
-        command = [*TRAIN, f"--config={self.study.config}", *(f"--config.{o}" for o in job.overrides)]
-        command.append(f"--workdir={self.out / job.name}")
-        path = self.out / "logs" / f"{job.name}.txt"
-        begin = time.monotonic()
+    def _train(self, group: Sequence[Job]) -> None:
+        first, begin = group[0], time.monotonic()
+        workdir = self.out / first.name
+        command = [*(TRAIN if self.together == 1 else TOGETHER), f"--config={self.study.config}"]
+        command += [f"--config.{o}" for o in first.overrides]
+        if self.together == 1:
+            command.append(f"--workdir={workdir}")
+        else:
+            copies = [dict(run=job.name, value=job.value, seed=job.seed) for job in group]
+            command += [f"--copies={json.dumps(copies)}", f"--result={workdir}.json"]
+        path = self.out / "logs" / f"{first.name}.txt"
         with storage_errors(path), open(path, "ab+") as log:
             offset = log.seek(0, os.SEEK_END)
-            code = self._wait(command, log, job)
+            code = self._wait(command, log, group)
             log.seek(offset)
             said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         if code is None or (code and self.end):
             return
-        record = dict(run=job.name, combination=job.combination, key=self.study.key, value=job.value, seed=job.seed)
-        record |= dict(steps=job.steps, **outcome(self.out / job.name, job.steps, code, said))
-        self._write(record | dict(seconds=round(time.monotonic() - begin, 1), command=shlex.join(command)))
+        how = dict(seconds=round((time.monotonic() - begin) / len(group), 1), command=shlex.join(command))
+        for job in group:
+            if self.together == 1:
+                ended = outcome(workdir, job.steps, code, said)
+            else:
+                ended = outcome_together(Path(f"{workdir}.json"), job, code, said)
+            record = dict(run=job.name, combination=job.combination, key=self.study.key, value=job.value, seed=job.seed)
+            self._write(record | dict(steps=job.steps, **ended) | how)
         if code in FATAL:
-            self.stop(FATAL[code](f"{job.name}: {said[-1].removeprefix('error: ') if said else f'exit code {code}'}"))
+            self.stop(FATAL[code](f"{first.name}: {said[-1].removeprefix('error: ') if said else f'exit code {code}'}"))
 
-    def _wait(self, command: list[str], log: IO[bytes], job: Job) -> int | None:
+    def _wait(self, command: list[str], log: IO[bytes], group: Sequence[Job]) -> int | None:
         """Return the exit code of a command; None if the study ended before it began."""
         with self.guard:
             if self.end:
@@ -107,7 +130,7 @@ class Runner:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock], process_group=0
             )
             self.children.add(child)
-        say(f"start {job.name}")
+        say(f"start {group[0].name}" + f" and {len(group) - 1} more" * (len(group) > 1))
         code = child.wait()
         with self.guard:
             self.children.discard(child)
@@ -167,6 +190,18 @@ def outcome(workdir: Path, steps: int, code: int, said: Sequence[str]) -> dict[s
     return found | {
         name: round(statistics.median(line[name] for line in lines if line["split"] == "train")) for name in rates
     }
+
+
+def outcome_together(path: Path, job: Job, code: int, said: Sequence[str]) -> dict[str, Any]:
+    """Return how one of several runs of a program that ended with `code` did."""
+    found: dict[str, Any] = dict(status="failed", loss=None, accuracy=None, losses={}, parameters=None)
+    found |= dict(git=None, flops=None, exit=code, error="")
+    if code:
+        return found | dict(error="\n".join(said[-5:]) or f"exit code {code}")
+    made = json.loads(path.read_text(encoding="utf-8"))
+    own = made["runs"][job.name]
+    found |= dict(git=made["git"], flops=job.steps * flops_per_step(build(made["config"])), **own)
+    return found | dict(error="" if own["status"] == "done" else "too many non-finite steps in a row")
 
 
 def cpu_groups(jobs: int) -> list[set[int]]:

@@ -167,13 +167,16 @@ def make_hold(c: OptimConfig, params: Any) -> Callable[[Any, Any], Any]:
     return lambda new, old: jax.tree_util.tree_map_with_path(one, new, old) if over else new
 
 
-def make_schedule(c: OptimConfig) -> optax.Schedule:
+def make_schedule(c: OptimConfig, peak: float | Array | None = None) -> optax.Schedule:
     """Return the learning rate of update k = 1, 2, …: a linear rise over `warmup_steps`, then the shape asked for.
+
+    The peak is `learning_rate`, or `peak`, which may be traced.
 
     The shape ends after `schedule_steps` at `final_fraction` of the peak and stays there. `wsd` holds the peak and
     falls linearly in the last `decay_fraction` of the schedule (Hu et al., 2024).
     """
-    peak, final = c.learning_rate, c.learning_rate * c.final_fraction
+    peak = c.learning_rate if peak is None else peak
+    final = peak * c.final_fraction
     rest = max(c.schedule_steps - c.warmup_steps, 1)
     fall = min(max(round(c.decay_fraction * c.schedule_steps), 1), rest)
     shapes = {

@@ -239,7 +239,7 @@ def _record(config: Config, corpus: Corpus, saved: dict[str, Any] | None) -> dic
         "config": config.to_json(),
         "data_fingerprint": corpus.fingerprint,
         "versions": {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
-        "git": _git_revision(),
+        "git": git_revision(),
         "changes": changes,
     }
 
@@ -251,7 +251,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Return the revision of the code, with `-dirty` if it is changed; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

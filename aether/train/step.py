@@ -56,7 +56,13 @@ def init_state(config: Config, params: Any, extras: Any = None) -> TrainState:
 
 
 def make_step(
-    config: Config, graph: nnx.GraphDef, loss: Loss, params: Any
+    config: Config,
+    graph: nnx.GraphDef,
+    loss: Loss,
+    params: Any,
+    *,
+    seed: int | Array | None = None,
+    learning_rate: float | Array | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return step(state, batch) -> (state, metrics): pure, to be jitted with a donated state.
 
@@ -75,11 +81,14 @@ def make_step(
       graph: of the model; merged with the parameters at each call.
       loss: one of `aether.losses.LOSSES`, its options bound.
       params: shapes are enough; decides learning rates and decay by path.
+      seed: in place of `train.seed`; may be traced, as the next.
+      learning_rate: in place of `optim.learning_rate`.
     """
-    optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim)
+    optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim, learning_rate)
     scales = learning_rate_scales(config.optim, params, config.model)
     hold = make_hold(config.optim, params)
-    seed, decay, sigma = config.train.seed, config.train.ema, config.faults.spike_sigma
+    seed = config.train.seed if seed is None else seed
+    decay, sigma = config.train.ema, config.faults.spike_sigma
     rkhs_decay = config.optim.rkhs_decay
 
     def total(params: Any, extras: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
