@@ -1,8 +1,8 @@
 """Train runs that differ in nothing but seed and learning rate as one program, for `tools.study --together`.
 
-The training step of `launch.train` under `jax.vmap`: a small network leaves most of an accelerator idle, and its
-compilation takes longer than its steps, so that sixteen copies take little more time than one. Each copy has the
-parameters, batches and keys that it has alone; there are no checkpoints, so that a killed program begins again.
+The training step of `launch.train` under `jax.vmap`: a small network leaves most of an accelerator idle, and compiles
+for longer than it trains (LOG.md). Each copy has the parameters, batches and keys that it has alone. All are on one
+device, and there are no checkpoints: a killed program begins again.
 """
 
 import json
@@ -88,7 +88,7 @@ def train_together(config: Any, copies: Sequence[Copy]) -> dict[str, Any]:
     for stream in read.values():
         stream.close()
 
-    score = scorer_of(config, corpus.tokenizer, graph, parallel.make_mesh(config.mesh))
+    score = scorer_of(config, corpus.tokenizer, graph, parallel.make_mesh(config.mesh, jax.devices()[:1]))
     runs = {}
     for i, copy in enumerate(copies):
         variables = jax.tree.map(lambda leaf, i=i: leaf[i], state.variables)

@@ -212,6 +212,43 @@ def test_a_sweep_at_full_length_is_the_first_seed(call, tmp_path):
     assert code == 0 and len(lines(tmp_path / "out")) == 10 and "[10/10]" in err and "missing" not in out
 
 
+# Stands in for tools.study_together: of each copy the loss that FAKE has.
+FAKE_TOGETHER = """
+import json, math, pathlib, sys
+flags = dict(word.removeprefix("--").removeprefix("config.").split("=", 1) for word in sys.argv[1:])
+copies = json.loads(flags["copies"])
+with open(pathlib.Path(__file__).with_name("programs"), "a") as file:
+    file.write(f"{len(copies)}\\n")
+if any(copy["seed"] == 2 for copy in copies):
+    sys.exit("no room")
+best, more = (1e-3, 0.25) if flags.get("model.kind", "aether") == "gpt2" else (3e-3, 0)
+runs = {}
+for copy in copies:
+    loss = 1.5 + abs(math.log10(copy["value"] / best)) + copy["seed"] / 100 + more
+    runs[copy["run"]] = dict(status="done", loss=loss, accuracy=0.5, losses=dict(held=loss), parameters=13)
+made = json.loads(pathlib.Path(__file__).with_name("made.json").read_text())
+pathlib.Path(flags["result"]).write_text(json.dumps(made | dict(runs=runs)))
+"""
+
+
+def test_runs_that_are_one_program_are_told_apart(call, tmp_path, monkeypatch):
+    (tmp_path / "together.py").write_text(FAKE_TOGETHER)
+    monkeypatch.setattr(runs, "TOGETHER", [sys.executable, "-S", str(tmp_path / "together.py")])
+    words = (*SWEEP[:2], "--seeds=2")
+    code, out, err = call(*words, "--together=2")
+    assert code == 0 and "[10/10]" in err, err
+    assert sorted((tmp_path / "programs").read_text().split()) == ["1", "1", "2", "2", "2", "2"]
+    rows = [cells(row) for row in out.split("\n\n")[0].splitlines()[2:]]
+    assert [row[1:5] for row in rows] == [
+        ["0.001 (edge)", "1.7550 ± 0.0050", "1.7500", "1.7600"],
+        ["0.003", "1.5050 ± 0.0050", "1.5000", "1.5100"],
+    ]
+    assert call(*words)[1] == out, "the same study one by one has nothing left to do"
+    assert {r["flops"] / r["steps"] for r in lines(tmp_path / "out")} == {flops_per_step(TINY)}
+    code, out, err = call(*SWEEP[:2], "--seeds=4", "--together=2")
+    assert code == 1 and "4 runs failed" in err and "no room" in lines(tmp_path / "out")[-1]["error"]
+
+
 def test_without_a_sweep_the_config_decides(call, tmp_path):
     code, out, _ = call("--vary=model.kind=gpt2,aether", "--vary=model.dropout=0,0.1", "--seeds=1")
     rows = [cells(row) for row in out.split("\n\n")[0].splitlines()[2:]]
@@ -284,6 +321,7 @@ def test_input_that_a_run_refuses_ends_the_study(call, tmp_path):
         (["--config.optim.schedule_steps=9"], "optim.schedule_steps is 9"),
         (["--config.data.validation_fraction=0"], "validation data"),
         (["--jobs=0"], "--jobs"),
+        (["--together=2", "--sweep=optim.clip=1,2"], "--together is 2 with --sweep=optim.clip"),
         (["--rungs=2"], "--sweep or --finalists"),
         (["--finalists=2", "--vary=model.kind=gpt2,aether"], "--finalists is 2 of 2"),
         (["--cases=nowhere.toml"], "cannot be read as TOML"),
