@@ -9,8 +9,8 @@ Baseline: the same with --config.model.kind=gpt2 --workdir=runs/gpt2_124m
 Data:     any large text in English, such as OpenWebText. FOLDER holds GPT-2's encoder.json and vocab.bpe.
 Memory:   --config.train.accumulate=8 splits the batch into parts that a single device can hold. Attention holds no
           score matrices: a kernel of the platform where there is one, else block by block.
-Time:     not measured yet.
-Result:   not measured yet; see LOG.md.
+Time:     54 ms for 16 sequences on one NVIDIA H200, GPT-2 52 ms: 305,000 tokens a second, so 10 hours for all.
+Result:   not measured at this length; the first 400 steps of 64 sequences on 18 million tokens of novels are in LOG.md.
 """
 
 from ml_collections import ConfigDict

@@ -18,7 +18,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)  # not through XLA_FLAGS, which those processes inherit
 
@@ -28,21 +27,13 @@ def _private_cache():
     before = os.environ.get("AETHER_CACHE")
     with tempfile.TemporaryDirectory(prefix="aether-tests-") as folder:
         os.environ["AETHER_CACHE"] = folder
+        # What is compiled once is kept, as the mains do it: most tests are of programs that others are of too.
+        jax.config.update("jax_compilation_cache_dir", f"{folder}/xla")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         yield
     os.environ.pop("AETHER_CACHE")
     if before is not None:
         os.environ["AETHER_CACHE"] = before
-
-
-@pytest.fixture(scope="module")
-def compile_once():
-    """Keep what is compiled, for files most of whose runs are of the same programs."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", os.environ["AETHER_CACHE"] + "/xla-tests")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @pytest.fixture

@@ -30,9 +30,6 @@ from aether.train.setup import describe_state
 ROUGH = {"tokens_per_second", "mfu", "data_wait"}  # times and rates, which differ from run to run
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.fixture
 def one_device(monkeypatch):
     monkeypatch.setattr(parallel, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))

@@ -39,9 +39,6 @@ def get_config():
 """
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _one_device():
     with pytest.MonkeyPatch.context() as patch:

@@ -27,9 +27,6 @@ from tests.train.report_test import events
 LAYERS = ["blocks.0.attention", "blocks.0.mlp.hidden"]
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _one_device():
     with pytest.MonkeyPatch.context() as patch:
