@@ -4,10 +4,11 @@ r"""Fit loss against parameters and tokens to the whole runs of a study, and say
       --vary=train.steps=500,1000,2000 --sweep=... --out=runs/scaling
   python -m tools.scaling --study=runs/scaling --at=124m:162e6:2.5e9 --png=scaling.png
 
-For each value of the first --vary (or each of --cases) the law L = E + A/N^a + B/D^b (Hoffmann et al., 2022, arXiv
-2203.15556), N parameters and D tokens or images seen, by least squares of log L with Huber's loss. Intervals are of
-90 %, from fits to runs drawn anew with replacement, the same for all groups, so that differences are paired. They say
-how well the runs determine the law, not whether the law holds where nothing was measured.
+For each value of the first --vary (or each of --cases), or with --by=KEY for each value of that key, the law
+L = E + A/N^a + B/D^b (Hoffmann et al., 2022, arXiv 2203.15556), N parameters and D tokens or images seen, by least
+squares of log L with Huber's loss. Intervals are of 90 %, from fits to runs drawn anew with replacement, the same for all
+groups, so that differences are paired. They say how well the runs determine the law, not whether the law holds where
+nothing was measured. --study may be given again, for parts of a grid that were studied apart.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from aether.errors import InputError
 from aether.figures import new_figure, plain, png
 from aether.storage import write_atomic
 from launch import cli, overrides
-from tools.study_plan import read_plan, read_results
+from tools.study_plan import Combination, Study, read_plan, read_results
 from tools.study_tables import markdown
 
 HUBER = 1e-3  # of log L, as in the source
@@ -57,9 +58,9 @@ class Law(NamedTuple):
 
 def main(args: flags.FlagValues) -> None:
     """Fit, and print what was found."""
-    folder = Path(cli.require(args, "study", "runs/scaling"))
+    folders = [Path(folder) for folder in cli.require(args, "study", "runs/scaling")]
     points = [target(text) for text in args.at]
-    groups = runs_of(folder)
+    groups = runs_of(folders, args.by)
     laws = {name: fit(runs) for name, runs in groups.items()}
     drawn = bootstrap(groups, laws, args.draws, np.random.default_rng(0))
     print(markdown(*law_table(groups, laws, drawn)))
@@ -81,32 +82,45 @@ def target(text: str) -> tuple[str, float, float]:
     return name, n, d
 
 
-def runs_of(folder: Path) -> dict[str, list[Run]]:
-    """Return the whole runs of each group of a study.
+def runs_of(folders: Sequence[Path], key: str = "") -> dict[str, list[Run]]:
+    """Return the whole runs of studies by group: what the first --vary or --cases chose, or the choice for `key`.
 
     Raises:
-      InputError: a group has too few of them, or of too few sizes or lengths, for five numbers.
+      InputError: a group has too few of them, or of too few sizes or lengths, for five numbers; or no study has `key`.
     """
-    study, results = read_plan(folder, "study"), read_results(folder)
     groups: dict[str, list[Run]] = {}
-    for c in study.combinations:
-        per_step = overrides.make_config(study.config, [*study.overrides, *c.overrides]).per_step
-        for job in study.full(c, results):
-            record = results.get(job.name)
-            if record and record["status"] == "done":
-                place = (c.label.removeprefix(c.group), job.seed)
-                run = Run(place, record["parameters"], per_step * job.steps, record["loss"])
-                groups.setdefault(c.group, []).append(run)
+    for folder in folders:
+        study, results = read_plan(folder, "study"), read_results(folder)
+        for c in study.combinations:
+            per_step = overrides.make_config(study.config, [*study.overrides, *c.overrides]).per_step
+            group, place = c.group, c.label.removeprefix(c.group)
+            if key:
+                group = f"{key.split('.', 1)[-1]}={chosen(c, study, key)}"
+                place = ",".join(word for word in c.label.split(",") if word != group)
+            for job in study.full(c, results):
+                record = results.get(job.name)
+                if record and record["status"] == "done":
+                    run = Run((place, job.seed), record["parameters"], per_step * job.steps, record["loss"])
+                    groups.setdefault(group, []).append(run)
     for name, runs in groups.items():
         sizes, lengths = len({run.n for run in runs}), len({run.d for run in runs})
         if sizes < 3 or lengths < 2 or len(runs) < 6:
             raise InputError(
-                f"{folder} has {len(runs)} whole runs of {name}, of {sizes} sizes and {lengths} lengths; the law needs "
-                "six, of three sizes and two lengths at least."
+                f"{', '.join(map(str, folders))}: there are {len(runs)} whole runs of {name}, of {sizes} sizes and "
+                f"{lengths} lengths; the law needs six, of three sizes and two lengths at least."
             )
     if not groups:
-        raise InputError(f"{folder} has no whole run that ended well; let the study go on.")
+        raise InputError(f"{', '.join(map(str, folders))}: no whole run ended well; let the study go on.")
     return groups
+
+
+def chosen(c: Combination, study: Study, key: str) -> str:
+    """Return what a combination, or its whole study, sets a key to."""
+    for override in reversed([*study.overrides, *c.overrides]):
+        name, _, text = override.partition("=")
+        if name == key:
+            return text
+    raise InputError(f"--by is {key}, which {c.label} does not set; name a key of --vary, such as model.kind.")
 
 
 def fit(runs: Sequence[Run], start: Law | None = None) -> Law:
@@ -218,7 +232,8 @@ def picture(groups: dict[str, list[Run]], laws: dict[str, Law]) -> bytes:
 def define() -> flags.FlagValues:
     """Return the flags."""
     values = cli.new_flags(config=False)
-    flags.DEFINE_string("study", "", "folder of a study whose whole runs differ in size and length", values)
+    flags.DEFINE_multi_string("study", [], "folder of a study whose whole runs differ in size and length", values)
+    flags.DEFINE_string("by", "", "key whose values are compared (empty: the study's first --vary, or --cases)", values)
     flags.DEFINE_multi_string("at", [], "NAME:PARAMETERS:TOKENS to predict the loss at; may be given again", values)
     flags.DEFINE_integer("draws", 200, "fits to runs drawn anew, for the intervals", 20, None, values)
     flags.DEFINE_string("png", "", "file for the picture", values)

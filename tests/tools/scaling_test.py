@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aether.errors import InputError
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # tools/ is not installed
 tool, plans, study = (importlib.import_module(f"tools.{name}") for name in ("scaling", "study_plan", "study"))
@@ -23,27 +25,29 @@ WORDS = ["--vary=model.kind=gpt2,aether", "--vary=model.width=64,128,256,512", "
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function (noise, which runs) -> a study's folder whose losses follow `LAWS`."""
+    """A function (noise, which runs, words, name) -> a study's folder whose losses follow `LAWS`."""
 
-    def make(noise: float = 0.0, keep=lambda job: True) -> Path:
-        args = study.define()
-        cli.parse(args, [f"--config={ROOT}/configs/shakespeare_char.py", "--seeds=2", f"--out={tmp_path}", *WORDS])
+    def make(noise: float = 0.0, keep=lambda job: True, words=WORDS, name="study") -> Path:
+        args, out = study.define(), tmp_path / name
+        cli.parse(args, [f"--config={ROOT}/configs/shakespeare_char.py", "--seeds=2", f"--out={out}", *words])
         made, rng = plans.plan(args), np.random.default_rng(0)
-        (tmp_path / "study.json").write_text(json.dumps(asdict(made)))
-        with (tmp_path / "results.jsonl").open("w") as file:
+        out.mkdir(exist_ok=True)
+        (out / "study.json").write_text(json.dumps(asdict(made)))
+        with (out / "results.jsonl").open("w") as file:
             for c in made.combinations:
-                width = int(c.overrides[1].partition("=")[2])
+                chosen = dict(override.split("=") for override in c.overrides)
+                n = PARAMETERS[int(chosen["model.width"])]
                 for job in filter(keep, made.full(c, {})):
-                    loss = LAWS[c.group](PARAMETERS[width], PER_STEP * job.steps) * np.exp(noise * rng.normal())
-                    record = dict(run=job.name, status="done", loss=loss, parameters=PARAMETERS[width])
-                    file.write(json.dumps(record) + "\n")
-        return tmp_path
+                    law = LAWS[f"kind={chosen['model.kind']}"]
+                    loss = law(n, PER_STEP * job.steps) * np.exp(noise * rng.normal())
+                    file.write(json.dumps(dict(run=job.name, status="done", loss=loss, parameters=n)) + "\n")
+        return out
 
     return make
 
 
 def test_the_law_that_made_the_losses_is_found(folder):
-    groups = tool.runs_of(folder())
+    groups = tool.runs_of([folder()])
     assert {name: len(runs) for name, runs in groups.items()} == dict.fromkeys(LAWS, 24)
     for name, law in LAWS.items():
         found = tool.fit(groups[name])
@@ -51,10 +55,26 @@ def test_the_law_that_made_the_losses_is_found(folder):
         np.testing.assert_allclose(found(162e6, 2.5e9), law(162e6, 2.5e9), rtol=1e-3)
 
 
+def test_parts_of_a_grid_are_put_together_by_a_key(folder, tmp_path):
+    """Widths as cases in one part, of one kind each in the others: the same runs as of the whole grid, paired alike."""
+    (tmp_path / "cases.toml").write_text("".join(f'[w{w}]\n"model.width" = {w}\n' for w in (64, 128)))
+    parts = [folder(words=[f"--cases={tmp_path}/cases.toml", WORDS[0], WORDS[2]], name="cases")]
+    for kind in ("gpt2", "aether"):
+        words = [f"--vary=model.kind={kind}", "--vary=model.width=256,512", WORDS[2]]
+        parts.append(folder(words=words, name=kind))
+    whole, together = tool.runs_of([folder()]), tool.runs_of(parts, "model.kind")
+    assert list(together) == list(LAWS)
+    for name in LAWS:
+        assert sorted(run[1:] for run in together[name]) == sorted(run[1:] for run in whole[name])
+    assert {run.place for run in together["kind=gpt2"]} == {run.place for run in together["kind=aether"]}
+    with pytest.raises(InputError, match="--by is model.heads, which w64,kind=gpt2,steps=500 does not set"):
+        tool.runs_of(parts, "model.heads")
+
+
 def test_intervals_hold_the_truth_and_shrink_with_the_noise(folder):
     widths = []
     for noise in (1e-3, 4e-3):
-        groups = tool.runs_of(folder(noise))
+        groups = tool.runs_of([folder(noise)])
         laws = {name: tool.fit(runs) for name, runs in groups.items()}
         drawn = tool.bootstrap(groups, laws, 60, np.random.default_rng(1))
         at = [[laws[name](162e6, 2.5e9) for laws in drawn] for name in LAWS]
