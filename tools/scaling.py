@@ -6,8 +6,8 @@ r"""Fit loss against parameters and tokens to the whole runs of a study, and say
 
 For each value of the first --vary (or each of --cases), or with --by=KEY for each value of that key, the law
 L = E + A/N^a + B/D^b (Hoffmann et al., 2022, arXiv 2203.15556), N parameters and D tokens or images seen, by least
-squares of log L with Huber's loss. Intervals are of 90 %, from fits to runs drawn anew with replacement, the same for all
-groups, so that differences are paired. They say how well the runs determine the law, not whether the law holds where
+squares of log L with Huber's loss. Intervals are of 90 %, from fits to runs drawn anew with replacement, the same for
+all groups, so that differences are paired. They say how well the runs determine the law, not whether it holds where
 nothing was measured. --study may be given again, for parts of a grid that were studied apart.
 """
 
