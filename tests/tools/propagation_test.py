@@ -49,6 +49,7 @@ def test_a_row_for_each_block_and_parameter(call, kind):
     assert float(loss[0][0].split()[-2]) == pytest.approx(np.log(30), abs=0.5)
 
 
+@pytest.mark.slow
 def test_networks_of_several_widths_are_trained_and_drawn(call, tmp_path):
     out_file = tmp_path / "coordinates.png"
     code, out, err = call("--vary=model.width=8,16", "--steps=2", f"--out={out_file}", "--config.optim.warmup_steps=0")
@@ -62,6 +63,7 @@ def test_networks_of_several_widths_are_trained_and_drawn(call, tmp_path):
     assert out_file.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_looked_at_as_it_is(call, tmp_path):
     from aether.train.loop import train
     from launch.overrides import make_config
