@@ -5,15 +5,18 @@ under `$AETHER_CACHE`, and `Workdir.sync` uploads what changed. The remote is th
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from aether.config import dumps
 from aether.errors import InputError, StorageError
@@ -22,6 +25,8 @@ from aether.remote import version as version_of
 from aether.storage import storage_errors, write_atomic
 
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"  # there while a process trains, and says which
+PATIENCE = 1.0  # seconds in which a process that was killed is gone, and one that has just begun has said which it is
 INDEX = ".index.json"  # in a mirror: name -> [version on the remote, size and time of the local file]
 
 
@@ -108,6 +113,36 @@ class Workdir:
                 self.local.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.local).close()
 
+    @contextlib.contextmanager
+    def alone(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Hold a local folder, so that no other process trains in it; what was made for that is gone afterwards.
+
+        The system lets go of it when this process dies, however that is; programs that it started do not keep it.
+        Of several processes that train together the first one does this. Object stores have no locks, so `gs://` and
+        `s3://` are never held, nor is a folder on a file system without them or one that cannot be written, which `say`
+        is told.
+
+        Raises:
+          InputError: another process holds it.
+        """
+        file, lock = self.local / LOCK, None
+        made = [p for p in (self.local, *self.local.parents) if not p.exists()]
+        if not self.remote:
+            try:
+                lock = _locked(file)
+            except OSError as e:
+                say(f"warning: {self.path} cannot be locked ({e.strerror}); see to it that nothing else trains there")
+        try:
+            yield
+        finally:
+            if lock:
+                with lock, contextlib.suppress(OSError):
+                    if _is_at(file, lock):
+                        file.unlink()  # while it is held: a moment later it may be another's
+                with contextlib.suppress(OSError):
+                    for folder in made:
+                        folder.rmdir()  # if nothing was written
+
     def sync(self, *names: str) -> None:
         """Upload these files, or all, where they changed since the last time; nothing to do for a local folder."""
         if not (self.remote and self.primary):
@@ -186,6 +221,45 @@ def _check_folder(path: Path, flag: str) -> None:
             if not part.is_dir():
                 raise InputError(f"--{flag} is {path}, but {part} is a file; give a folder.")
             return
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """Return the file `path`, made if need be and locked by this process.
+
+    Raises:
+      InputError: another process has locked it.
+      OSError: it cannot be made or locked.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as unless_locked:
+            file = unless_locked.enter_context(open(path, "ab+", buffering=0))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(path, file) or time.monotonic() > end:  # else it was removed meanwhile, which soon shows
+                    with contextlib.suppress(OSError):  # a full disk
+                        file.truncate(0)
+                        file.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())
+                        os.fsync(file.fileno())  # for who looks from another machine
+                    unless_locked.pop_all()
+                    return file
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    file.seek(0)
+                    who = file.read(1000).decode(errors="replace") or "it has not said which"
+                    raise InputError(
+                        f"Another process ({who}) trains in {path.parent}; "
+                        "wait until it ends, or give another --workdir."
+                    ) from None
+        time.sleep(0.02)
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,13 +1,20 @@
 """The run folder: atomic files, a remote folder seen from two machines, and disks that fail."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
 
 import fsspec
 import pytest
 
+from aether import workdir
 from aether.errors import InputError, StorageError
 from aether.workdir import Workdir
 
@@ -188,3 +195,123 @@ def test_json_is_readable_text(tmp_path):
     Workdir(str(tmp_path)).write_json("config.json", {"a": {"b": [1, 2]}})
     text = (tmp_path / "config.json").read_text()
     assert text.endswith("}\n") and "\n" in text[:-1] and json.loads(text) == {"a": {"b": [1, 2]}}
+
+
+# --- one training a folder
+
+
+HOLDER = """
+import subprocess, sys, time
+from aether.workdir import Workdir
+
+with Workdir(sys.argv[1]).alone(print):
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], close_fds=False)
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(workdir, "PATIENCE", 0.0)
+
+
+def test_only_one_process_holds_a_folder_and_a_killed_one_lets_go(tmp_path, impatient):
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+        child = int(holder.stdout.readline())
+        try:
+            who = re.escape(f"Another process (pid {holder.pid} on {socket.gethostname()}) trains in {folder};")
+            refused = pytest.raises(InputError, match=f"^{who} wait until it ends, or give another --workdir.$")
+            with refused, Workdir(str(folder)).alone(print):
+                pass
+            assert os.listdir(folder) == [workdir.LOCK] and not Workdir(str(folder)).exists()
+            holder.kill()
+            holder.wait()
+            with Workdir(str(folder)).alone(print):
+                assert f"pid {os.getpid()} on" in (folder / workdir.LOCK).read_text()
+                os.kill(child, 0)  # it lives, and does not keep the lock
+            assert os.listdir(folder) == []
+        finally:
+            holder.kill()
+            os.kill(child, 9)
+
+
+def test_one_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "PATIENCE", 60.0)
+    first, work = contextlib.ExitStack(), Workdir(str(tmp_path))
+    first.enter_context(work.alone(print))
+    timer = threading.Timer(0.2, first.close)
+    timer.start()
+    with work.alone(print):
+        assert os.listdir(tmp_path) == [workdir.LOCK]
+    timer.join()
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_folder_is_let_go_after_an_error_and_kept_if_it_has_content(tmp_path, impatient, write):
+    work = Workdir(str(tmp_path / "runs" / "a"))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError) as caught, work.alone(print):
+            if write:
+                work.write_json("config.json", {})
+            raise ZeroDivisionError
+        assert caught.tb and os.listdir(tmp_path) == ["runs"] * write
+    if write:
+        assert os.listdir(work.local) == ["config.json"]
+
+
+def test_a_lock_that_is_removed_while_it_is_taken_is_none(tmp_path, monkeypatch):
+    """Another process that ends between the opening of its file and the lock on it takes the file away."""
+    monkeypatch.setattr(workdir, "PATIENCE", 0.2)
+    flock, removed = fcntl.flock, []
+
+    def late(*args):
+        if not removed:
+            removed.append((tmp_path / workdir.LOCK).unlink())
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Workdir(str(tmp_path)).alone(print), pytest.raises(InputError, match="Another process"):
+        with Workdir(str(tmp_path)).alone(print):
+            pass
+    assert removed and os.listdir(tmp_path) == []
+
+
+def test_the_lock_of_another_stays(tmp_path, impatient):
+    """A folder that somebody moved away and made anew belongs to the one who trains in it now."""
+    first, work = contextlib.ExitStack(), Workdir(str(tmp_path / "run"))
+    with first:
+        first.enter_context(work.alone(print))
+        work.local.rename(tmp_path / "old")
+        with work.alone(print):
+            first.close()
+            assert os.listdir(work.local) == [workdir.LOCK]
+    assert os.listdir(tmp_path) == ["old"]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS])
+def test_without_locks_training_goes_on_and_says_so(tmp_path, monkeypatch, reason):
+    def refuse(*args):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said, work = [], Workdir(str(tmp_path))
+    with work.alone(said.append), work.alone(said.append):
+        told = f"warning: {tmp_path} cannot be locked ({os.strerror(reason)}); see to it that nothing else trains there"
+        assert said == [told, told]
+
+
+def test_a_full_disk_does_not_hinder_the_lock(tmp_path, impatient, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with Workdir(str(tmp_path)).alone(pytest.fail), pytest.raises(InputError, match="Another process"):
+        with Workdir(str(tmp_path)).alone(pytest.fail):
+            pass
+
+
+def test_a_remote_folder_is_never_held(machine, empty_memory):
+    with machine("one").alone(pytest.fail), machine("two").alone(pytest.fail):
+        assert not empty_memory.store and not (machine("one").local / workdir.LOCK).exists()

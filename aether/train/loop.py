@@ -38,11 +38,11 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> bool
       Stopped: a signal came; everything is saved.
       CheckError: too many steps in a row without an update, or too many rewinds.
     """
-    with stop_signals() as stop:
+    with stop_signals() as stop, ExitStack() as held:
         try:
             processes.start(config, workdir)
             stop.begin()
-            run = start(config, workdir, time.perf_counter() if started is None else started)
+            run = start(config, workdir, time.perf_counter() if started is None else started, held)
             stop.patient = True
         except KeyboardInterrupt:
             raise Stopped(

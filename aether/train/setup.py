@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -98,15 +98,21 @@ class Run:
     guard: Guard
 
 
-def start(config: Config, path: str, started: float) -> Run | None:
+def start(config: Config, path: str, started: float, held: ExitStack) -> Run | None:
     """Open or continue the run in the folder `path`; None if it has made all its steps already.
 
+    Args:
+      config, path, started: see `aether.train.loop.train`.
+      held: takes what is to be given back when the training ends, however it does: the folder.
+
     Raises:
-      InputError: the workdir holds a run that this config cannot continue, or the config does not fit data or devices.
+      InputError: another process trains in the workdir, or it holds a run that this config cannot continue, or the
+        config does not fit data or devices.
     """
     phases = Phases(started)
     check_wandb(config.train.wandb)
     workdir = Workdir(path, primary=jax.process_index() == 0)
+    agree.of_first(lambda: held.enter_context(workdir.alone(say)))
     saved = agree.of_first(lambda: _saved(workdir))
     config = _continued(config, saved, path) if saved else config
     mesh = parallel.make_mesh(config.mesh)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,17 @@ from jax.sharding import Mesh
 from aether.errors import StorageError
 from aether.train import agree
 from aether.train.signals import BETWEEN, Stop
+from aether.workdir import Workdir
 
 PROGRAM = """
 import json, os, signal, sys
+from contextlib import ExitStack
 import jax
 from aether import processes
 from aether.config import build
 from aether.errors import AetherError, InputError, StorageError
 from aether.parallel import make_mesh
-from aether.train import agree
+from aether.train import agree, setup
 from aether.train.signals import BETWEEN, Stop
 from launch import cli
 
@@ -43,8 +46,14 @@ def read(value, error=None):
     return value
 
 
+def begin(config, workdir):
+    with ExitStack() as held:
+        setup.start(config, workdir, 0.0, held)
+
+
 def main(args):
     config = build({"faults": {"start_timeout_seconds": 100}})
+    setup._saved = lambda workdir: read(0, InputError("the lock is behind us."))
     processes.start(config, WORKDIR)
     long = "x" * 10_000  # more than the smallest message
     found = {
@@ -54,6 +63,8 @@ def main(args):
         "largest": agree.largest(3 + rank),
         "equal": outcome(lambda: agree.check_equal("the tokenizer", "abc", "copy it")),
         "unequal": outcome(lambda: agree.check_equal("the tokenizer", "abc"[: 3 - rank], "copy it")),
+        "free": outcome(lambda: begin(config, WORKDIR)),
+        "held": outcome(lambda: begin(config, HELD)),
     }
     stop = Stop()
     stop.begin()
@@ -73,11 +84,13 @@ sys.exit(cli.run(main, cli.new_flags(), "doc", several=True))
 
 
 def test_two_processes_know_the_same(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM.replace("WORKDIR", repr(str(tmp_path / "run"))))
+    program = PROGRAM.replace("WORKDIR", repr(str(tmp_path / "run"))).replace("HELD", repr(str(tmp_path / "held")))
+    (tmp_path / "program.py").write_text(program)
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", "--module=program"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    with Workdir(str(tmp_path / "held")).alone(print):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = [line.removeprefix("[1] ") for line in done.stdout.splitlines() if line.endswith("}")]
     one, other = map(json.loads, lines)
@@ -85,6 +98,10 @@ def test_two_processes_know_the_same(tmp_path):
     assert one["first"] and one["largest"] == 4 and one["equal"] is None and one["patient"]
     assert one["storage"] == "StorageError: the disk is full." and one["input"] == "InputError: no such step."
     assert one["unequal"] == "InputError: the tokenizer is ab on process 1 and abc on process 0; copy it."
+    assert one["free"] == "InputError: the lock is behind us."
+    assert one["held"].startswith(
+        f"InputError: Another process (pid {os.getpid()} on {socket.gethostname()}) trains in "
+    )
     # The signal comes between two questions: both go on to the next one, and both stop there.
     assert one["asked"] == [True] * BETWEEN + [False] * (BETWEEN // 2)
     assert one["flags"] == 15 and one["stop"] == "SIGTERM"

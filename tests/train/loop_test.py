@@ -19,13 +19,14 @@ from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, MeshConfig, build
 from aether.data.corpus import load_corpus
 from aether.data.loader import batch_ids, evaluation_batches, train_batches
-from aether.errors import CheckError, Stopped
+from aether.errors import CheckError, InputError, Stopped
 from aether.losses import LOSSES
 from aether.parallel import make_mesh
 from aether.testing import tiny_text
 from aether.train import evaluator, loop
 from aether.train.meter import named
 from aether.train.setup import describe_state
+from aether.workdir import Workdir
 
 ROUGH = {"tokens_per_second", "mfu", "data_wait"}  # times and rates, which differ from run to run
 
@@ -318,6 +319,21 @@ def test_a_second_ctrl_c_interrupts(text, tmp_path, one_device, monkeypatch):
     monkeypatch.setattr(loop, "train_batches", impatient)
     with pytest.raises(KeyboardInterrupt):
         loop.train(settings(text), str(tmp_path))
+
+
+def test_the_workdir_is_held_until_the_end(text, tmp_path, one_device, monkeypatch):
+    monkeypatch.setattr("aether.workdir.PATIENCE", 0.0)
+
+    def interrupted(*args, **kwargs):
+        with pytest.raises(InputError, match=f"pid {os.getpid()} on"), Workdir(str(tmp_path)).alone(print):
+            pass
+        yield  # a batch that is none
+
+    monkeypatch.setattr(loop, "train_batches", interrupted)
+    with pytest.raises(AttributeError) as caught:
+        loop.train(settings(text), str(tmp_path))
+    with Workdir(str(tmp_path)).alone(print):
+        assert caught.tb  # whose frames hold what the training held
 
 
 # --- steps that are not finite

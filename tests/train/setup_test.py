@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import socket
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, DataConfig, MeshConfig, build
 from aether.data.corpus import load_corpus
 from aether.data.prepared import shard_file
+from aether.evaluate.run import evaluate_run
 from aether.parallel import make_mesh
 from aether.testing import tiny_text
 from aether.train import setup
 from aether.train.loop import train
+from aether.workdir import Workdir
 from launch import cli
 from launch import train as main
 
@@ -68,6 +72,11 @@ def finished(tmp_path_factory):
     return file, folder / "run"
 
 
+def begin(config, workdir: Path):
+    with ExitStack() as held:
+        return setup.start(config, str(workdir), 0.0, held)
+
+
 def content(folder: Path) -> dict[str, str]:
     files = [p for p in folder.rglob("*") if p.is_file()]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
@@ -81,6 +90,22 @@ def refusal(capsys, code: int = 2) -> str:
     assert errors[0].startswith("error: ") and errors[0][-1] in ".?"
     assert "Traceback" not in err
     return errors[0]
+
+
+# --- a run that is going on
+
+
+def test_a_second_training_is_refused_and_a_look_is_not(finished, capsys):
+    file, folder = finished
+    with Workdir(str(folder)).alone(print):
+        before = content(folder)
+        assert launch(file, folder, "train.steps=7", "optim.schedule_steps=6") == 2
+        message = refusal(capsys)
+        assert message.startswith(f"error: Another process (pid {os.getpid()} on {socket.gethostname()}) trains in ")
+        assert content(folder) == before
+        assert cli.run(main.main, main.FLAGS, main.__doc__, [f"--workdir={folder}", "--report"]) == 0
+        assert "goodput" in capsys.readouterr().out
+        assert evaluate_run(str(folder))["step"] == 6
 
 
 # --- the run that is there already
@@ -222,7 +247,7 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize(("at", "step"), [("@4", 4), ("", 6)])
 def test_init_from_takes_the_parameters_alone(finished, tmp_path, at, step, capsys):
     config = branch(finished, f"{finished[1]}{at}", optim=dict(schedule="wsd", learning_rate=1e-3))
-    run = setup.start(config, str(tmp_path), 0.0)
+    run = begin(config, tmp_path)
     source = saved(finished[1], step)
     assert same(run.state.params, source.ema) and same(run.state.ema, source.ema)
     assert not same(source.ema, source.params)
@@ -250,7 +275,7 @@ def test_a_resumed_branch_does_not_start_again(finished, tmp_path, monkeypatch):
 )
 def test_init_from_what_does_not_fit_is_refused(finished, tmp_path, at, change, words):
     with pytest.raises(setup.InputError) as caught:
-        setup.start(branch(finished, f"{finished[1]}{at}", **change), str(tmp_path / "run"), 0.0)
+        begin(branch(finished, f"{finished[1]}{at}", **change), tmp_path / "run")
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "run").exists()
 
@@ -268,7 +293,7 @@ def test_tokenizers_of_one_name_are_told_apart(finished, tmp_path):
     values = made["b"].to_json()
     values["train"]["init_from"] = str(tmp_path / "run")
     with pytest.raises(setup.InputError, match="tokenizer chars .7 ids"):
-        setup.start(build(values), str(tmp_path / "new"), 0.0)
+        begin(build(values), tmp_path / "new")
 
 
 def test_the_source_of_parameters():
