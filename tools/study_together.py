@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from aether.errors import InputError
 from launch import cli
 
 
@@ -44,7 +45,15 @@ def train_together(config: Any, copies: Sequence[Copy]) -> dict[str, Any]:
 
     Returns:
       `runs`, by name what `tools.study_runs` writes down of each; the resolved `config`; the revision `git`.
+
+    Raises:
+      InputError: `train.init_from`, which is `launch.train`'s to restore.
     """
+    if config.train.init_from:
+        raise InputError(
+            f"--together starts from fresh parameters, and train.init_from is {config.train.init_from!r}; "
+            "leave --together out."
+        )
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -65,7 +74,7 @@ def train_together(config: Any, copies: Sequence[Copy]) -> dict[str, Any]:
     rows, loss = list(range(config.data.batch_size)), loss_of(config)
     graph, params, _ = describe_model(config)
     seeds = jnp.asarray([copy.seed for copy in copies])
-    rates = jnp.asarray([copy.value or config.optim.learning_rate for copy in copies])
+    rates = jnp.asarray([config.optim.learning_rate if copy.value is None else copy.value for copy in copies])
 
     @jax.jit
     def first(seed: jax.Array) -> TrainState:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aether.errors import InputError
 from aether.train.loop import train
 from launch.overrides import make_config
 
@@ -46,3 +47,9 @@ def test_a_copy_that_diverges_leaves_the_others_alone(overrides):
     assert made["runs"]["wild"]["status"] == "diverged" and made["runs"]["wild"]["loss"] is None
     calm = together.train_together(config, copies[1:])["runs"]["calm"]
     assert made["runs"]["calm"]["loss"] == pytest.approx(calm["loss"], rel=1e-6)
+
+
+def test_a_start_from_another_run_is_refused(overrides):
+    config = make_config(CONFIG, [*overrides, "train.init_from=runs/other"])
+    with pytest.raises(InputError, match="train.init_from is 'runs/other'; leave --together out"):
+        together.train_together(config, [together.Copy("a", None, 0)])
