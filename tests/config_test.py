@@ -40,10 +40,10 @@ def test_the_keys_that_others_rely_on_exist():
     assert Config().train.log_every == 1
 
 
-def test_rates_are_grouped_in_aether_alone():
+def test_rates_are_grouped_in_aether_and_aether_vit():
     for kind, (family, _) in KINDS.items():
         made = with_(model=dict(kind=kind)).resolved(100, PICTURES if family in ("vit", "resnet") else None).optim
-        assert made.rates == ("grouped" if kind == "aether" else "one"), kind
+        assert made.rates == ("grouped" if kind in ("aether", "aether_vit") else "one"), kind
     rates = {size: with_(model=dict(size=size)).resolved(100).optim.learning_rate for size in SIZES["gpt"]}
     assert set(rates.values()) == {1e-2}, "the width decides what it becomes"
     one = with_(model=dict(size="124m"), optim=dict(rates="one")).resolved(100).optim

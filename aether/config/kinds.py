@@ -90,4 +90,4 @@ BASE_WIDTH, BASE_HEAD = 128, 32
 # Values and outputs of attention want smaller steps than the rest; points bear any, as they brake themselves.
 GROUPED_RATE = 1e-2  # at optim.base_width, of every size
 GROUP_RATES = {r"attention/(value|out)/": 0.3, r"embedding$": 3.0}
-RATES = {kind: "grouped" if kind == "aether" else "one" for kind in KINDS}
+RATES = {kind: "grouped" if kind in ("aether", "aether_vit") else "one" for kind in KINDS}

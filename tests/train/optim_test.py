@@ -11,7 +11,7 @@ from flax import nnx
 from aether.config import ModelConfig, OptimConfig
 from aether.errors import InputError
 from aether.models import describe_model
-from aether.testing import tiny_config
+from aether.testing import network_config, tiny_config
 from aether.train.optim import decay_mask, learning_rate_scales, make_hold, make_optimizer, make_schedule, name
 
 SHAPES = {
@@ -198,6 +198,14 @@ def test_grouped_rates_are_by_group_and_width():
         named(learning_rate_scales(own, params_of("aether"), sized(256)))["blocks/attention/out/kernel"] == 10 * 0.3 / 2
     )
     assert set(named(learning_rate_scales(OptimConfig(rates="one"), params_of("aether"), sized(512))).values()) == {1.0}
+
+
+def test_patches_keep_their_rate_in_wide_networks():
+    """They have as many inputs at every width; the head has more."""
+    c = ModelConfig(kind="aether_vit", width=512, heads=4, classes=10, patch=4).resolved(10, 8)
+    params = describe_model(network_config("aether_vit"))[1]
+    scales = named(learning_rate_scales(OptimConfig(rates="grouped"), params, c))
+    assert (scales["patches/kernel"], scales["head/kernel"], scales["position/embedding"]) == (1.0, 1 / 4, 3.0)
 
 
 @pytest.mark.parametrize(
