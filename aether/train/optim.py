@@ -88,8 +88,8 @@ def learning_rate_scales(c: OptimConfig, params: Any, model: ModelConfig) -> Any
     With `rates="grouped"` times that of its group (`aether.config.kinds.GROUP_RATES`), and times base_width / width of
     kernels in wider networks, each of which sums over a number of inputs that grows with the width: Adam's steps have
     one size whatever the gradient's, so that their sum would grow as well (Yang et al., 2022, arXiv 2203.03466). Tables
-    are read row by row, patches have as many pixels in every network, and both keep theirs; α is as much larger in wider
-    networks as its steps then are.
+    are read row by row, patches have as many pixels in all networks, and both keep theirs; α is as much larger in wider
+    ones as its steps then are.
 
     Args:
       c: resolved.
