@@ -10,7 +10,8 @@ Data:     any large text in English, such as OpenWebText. FOLDER holds GPT-2's e
 Memory:   --config.train.accumulate=8 splits the batch into parts that a single device can hold. Attention holds no
           score matrices: a kernel of the platform where there is one, else block by block.
 Time:     54 ms for 16 sequences on one NVIDIA H200, GPT-2 52 ms: 305,000 tokens a second, so 10 hours for all.
-Result:   not measured at this length; the first 400 steps of 64 sequences on 18 million tokens of novels are in LOG.md.
+Result:   not measured at this length; 4.30 nats a token after 550 steps of 64 sequences, two epochs of 18 million tokens
+          of novels, GPT-2 with rates of its own for table and head 4.29 (LOG.md).
 """
 
 from ml_collections import ConfigDict

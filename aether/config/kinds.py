@@ -82,9 +82,9 @@ RATE_FACTORS = {
     "resnet": 1.0,
 }
 
-# The widths of stream and heads that α, b and the learning rates of ⵟ transformers are given for. In wider ones they
-# follow the width (`aether.models.block`, `aether.train.optim`; docs/recipe.md).
-BASE_WIDTH, BASE_HEAD = 128, 32
+# The widths of stream and heads, and the depth, that α, b and the learning rates of ⵟ transformers are given for. In
+# wider and deeper ones they follow them (`aether.models.block`, `aether.train.optim`; docs/recipe.md).
+BASE_WIDTH, BASE_HEAD, BASE_LAYERS = 128, 32, 4
 
 # Learning rates of a ⵟ transformer by group, expression over parameter paths -> factor; LOG.md has what was tried.
 # Values and outputs of attention want smaller steps than the rest; points bear any, as they brake themselves.

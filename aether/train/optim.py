@@ -89,7 +89,8 @@ def learning_rate_scales(c: OptimConfig, params: Any, model: ModelConfig) -> Any
     kernels in wider networks, each of which sums over a number of inputs that grows with the width: Adam's steps have
     one size whatever the gradient's, so that their sum would grow as well (Yang et al., 2022, arXiv 2203.03466). Tables
     are read row by row, patches have as many pixels in all networks, and both keep theirs; α is as much larger in wider
-    ones as its steps then are.
+    ones as its steps then are. Kernels of blocks also times √(base_layers / layers) in deeper networks, whose blocks
+    all add to one stream.
 
     Args:
       c: resolved.
@@ -115,11 +116,14 @@ def learning_rate_scales(c: OptimConfig, params: Any, model: ModelConfig) -> Any
             return min(1.0, c.base_width / model.width)
         return {"attention/alpha": heads**1.5, "hidden/alpha": stream}.get("/".join(name(path).split("/")[-2:]), 1.0)
 
+    def by_depth(path: tuple) -> float:
+        deeper = model.layers > c.base_layers and re.search(r"^blocks/.*kernel$", name(path))
+        return (c.base_layers / model.layers) ** 0.5 if deeper else 1.0
+
     def one(path: tuple, v: nnx.Variable) -> float:
         factor = first(c.lr_scale, path)
         if c.rates == "grouped":
-            factor *= first(GROUP_RATES, path)
-            factor *= by_width(path)
+            factor *= first(GROUP_RATES, path) * by_width(path) * by_depth(path)
         return factor
 
     scales = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda v: isinstance(v, nnx.Variable))

@@ -38,8 +38,8 @@ def params_of(kind):
     return describe_model(c)[1]
 
 
-def sized(width):
-    return ModelConfig(kind="aether", width=width, heads=4).resolved(32)
+def sized(width, layers=4):
+    return ModelConfig(kind="aether", width=width, heads=4, layers=layers).resolved(32)
 
 
 def adamw(c, params, grads_of_steps, decayed, nesterov=False):
@@ -198,6 +198,18 @@ def test_grouped_rates_are_by_group_and_width():
         named(learning_rate_scales(own, params_of("aether"), sized(256)))["blocks/attention/out/kernel"] == 10 * 0.3 / 2
     )
     assert set(named(learning_rate_scales(OptimConfig(rates="one"), params_of("aether"), sized(512))).values()) == {1.0}
+
+
+def test_grouped_rates_of_blocks_fall_with_the_root_of_the_depth():
+    """Those of kernels in deeper networks; table, head and what is no matrix keep theirs."""
+    c, params = OptimConfig(rates="grouped"), params_of("aether")
+    base, deep = (named(learning_rate_scales(c, params, sized(128, layers))) for layers in (4, 16))
+    inside = {k for k in base if k.startswith("blocks/") and k.endswith("kernel")}
+    assert len(inside) == 6
+    assert deep == {k: v / 2 if k in inside else v for k, v in base.items()}
+    assert named(learning_rate_scales(c, params, sized(128, 2))) == base, "shallower ones were not measured"
+    elsewhere = OptimConfig(rates="grouped", base_layers=16)
+    assert named(learning_rate_scales(elsewhere, params, sized(128, 16))) == base
 
 
 def test_patches_keep_their_rate_in_wide_networks():
