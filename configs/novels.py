@@ -5,7 +5,8 @@ What:     8 layers, 8 heads, width 512 (about 30 million parameters) on a vocabu
 Tokenizer: python tools/train_tokenizer.py --path=books/ --out=books.model --vocab_size=8192
 Command:  python -m launch.train --config=configs/novels.py --config.data.path=books/ \
               --config.data.tokenizer=books.model
-Baseline: the same with --config.model.kind=gpt2 --workdir=runs/novels_gpt2
+Baseline: the same with --config.model.kind=gpt2 --workdir=runs/novels_gpt2; a fair one has rates of its own for table
+          and head (configs/studies/tables.toml, with --config.model.head=untied)
 Data:     any hundred novels, such as those of Project Gutenberg; 70 MB are about 20 million tokens.
 Time:     not measured yet.
 Result:   not measured yet; see LOG.md.
@@ -19,7 +20,7 @@ from aether.config import default_config
 def get_config() -> ConfigDict:
     """Return the settings of this run; `data.path` and `data.tokenizer` are left for the command line."""
     config = default_config()
-    config.model.size = "124m"  # the three below are smaller, the learning rate is this size's
+    config.model.size = "124m"  # the three below are smaller; the baseline's learning rate is this size's
     config.model.layers = 8
     config.model.heads = 8
     config.model.width = 512

@@ -9,11 +9,12 @@ Command:  python -m launch.train --config=configs/wikitext2.py --config.data.pat
 Baseline: the same with --config.model.kind=gpt2 --workdir=runs/wikitext2_gpt2; a fair one has rates of its own for
           table and head (configs/studies/tables.toml): --config.optim.lr_scale.embedding=30
           --config.optim.lr_scale.head=3 '--config.optim.no_decay=bias|alpha|epsilon|scale|embedding'
-Larger:   the same with --config.model.layers=8 --config.model.heads=8 --config.model.width=256 (10.5 million)
+Larger:   the same with --config.model.layers=8 --config.model.heads=8 --config.model.width=256 (10.5 million); the
+          baseline then with --config.optim.learning_rate=1.5e-3 and embedding=60 (configs/studies/two_sizes_gpt2.toml)
 Data:     any text; WikiText-2 has 2 million words.
 Time:     about 5 minutes on one core.
 Result:   4.26 nats a token after 1200 steps at a learning rate of 1.2e-2; GPT-2 4.55 with one rate, 4.27 with those of
-          its own; at 10.5 million 4.17, 4.57 and 4.22 (LOG.md).
+          its own; at 10.5 million 4.17 (with --config.optim.base_layers=8), 4.57 and 4.22 (LOG.md).
 """
 
 from ml_collections import ConfigDict

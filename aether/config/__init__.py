@@ -15,7 +15,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from aether.config.data import DataConfig, ImageConfig, Pictures
-from aether.config.kinds import BASELINES, GROUPED_RATE, KINDS, LEARNING_RATES, RATE_FACTORS, RATES, SIZES
+from aether.config.kinds import BASE_LAYERS, BASELINES, GROUPED_RATE, KINDS, LEARNING_RATES, RATE_FACTORS, RATES, SIZES
 from aether.config.model import ModelConfig
 from aether.config.run import CheckpointConfig, FaultsConfig, MeshConfig, OptimConfig, TrainConfig
 from aether.config.section import AUTO
@@ -85,7 +85,10 @@ class Config:
         self._check_telemetry(model)
         length = self.optim.schedule_steps or self.train.steps
         no_muon = model.points if self.optim.no_muon == AUTO else self.optim.no_muon
-        optim = dataclasses.replace(self.optim, learning_rate=rate, rates=rates, schedule_steps=length, no_muon=no_muon)
+        depth = self.optim.base_layers or BASE_LAYERS
+        optim = dataclasses.replace(
+            self.optim, learning_rate=rate, rates=rates, base_layers=depth, schedule_steps=length, no_muon=no_muon
+        )
         if self.data.batch_size % self.train.accumulate:
             raise InputError(
                 f"data.batch_size is {self.data.batch_size} and train.accumulate {self.train.accumulate}; "

@@ -88,6 +88,6 @@ BASE_WIDTH, BASE_HEAD, BASE_LAYERS = 128, 32, 4
 
 # Learning rates of a ⵟ transformer by group, expression over parameter paths -> factor; LOG.md has what was tried.
 # Values and outputs of attention want smaller steps than the rest; points bear any, as they brake themselves.
-GROUPED_RATE = 1e-2  # at optim.base_width, of every size
+GROUPED_RATE = 1e-2  # at optim.base_width and base_layers, of every size
 GROUP_RATES = {r"attention/(value|out)/": 0.3, r"embedding$": 3.0}
 RATES = {kind: "grouped" if kind in ("aether", "aether_vit") else "one" for kind in KINDS}

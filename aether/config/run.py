@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aether.config.kinds import BASE_LAYERS, BASE_WIDTH
+from aether.config.kinds import BASE_WIDTH
 from aether.config.section import AUTO, Section, knob
 from aether.errors import InputError
 
@@ -15,14 +15,14 @@ class OptimConfig(Section, prefix="optim"):
     learning_rate: float = knob(0.0, "peak learning rate (0: by kind and size)", low=0.0, auto=True)
     rates: str = knob(
         AUTO,
-        "one learning rate, or grouped: that of ⵟ transformers, times a factor by group, and for matrices of networks "
-        "wider than optim.base_width times base_width / width, α in proportion to its size, of networks deeper than "
-        "optim.base_layers times the root of base_layers / layers (auto: by kind)",
+        "one learning rate, or grouped, that of ⵟ transformers: times a factor by group; for kernels of networks wider "
+        "than optim.base_width times base_width / width; for those of blocks of networks deeper than optim.base_layers "
+        "times the root of base_layers / layers; α in proportion to its size (auto: by kind)",
         choices=(AUTO, "one", "grouped"),
         auto=True,
     )
     base_width: int = knob(BASE_WIDTH, "width of the residual stream at which the learning rate was found", low=1)
-    base_layers: int = knob(BASE_LAYERS, "blocks at which the learning rate was found", low=1)
+    base_layers: int = knob(0, "blocks at which the learning rate was found (0: 4)", low=0, auto=True)
     schedule: str = knob("cosine", "shape after warm-up", choices=("cosine", "wsd", "linear", "constant"))
     schedule_steps: int = knob(0, "steps of the whole schedule (0: train.steps)", low=0, auto=True)
     warmup_steps: int = knob(100, "steps of linear warm-up", low=0)

@@ -117,7 +117,7 @@ def learning_rate_scales(c: OptimConfig, params: Any, model: ModelConfig) -> Any
         return {"attention/alpha": heads**1.5, "hidden/alpha": stream}.get("/".join(name(path).split("/")[-2:]), 1.0)
 
     def by_depth(path: tuple) -> float:
-        deeper = model.layers > c.base_layers and re.search(r"^blocks/.*kernel$", name(path))
+        deeper = 0 < c.base_layers < model.layers and re.search(r"^blocks/.*kernel$", name(path))
         return (c.base_layers / model.layers) ** 0.5 if deeper else 1.0
 
     def one(path: tuple, v: nnx.Variable) -> float:

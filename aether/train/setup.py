@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from aether import parallel
 from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, Config, build, differences
+from aether.config.kinds import BASE_LAYERS
 from aether.data.corpus import TOKENIZER, Corpus, open_corpus
 from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer, restore_tokenizer
@@ -190,6 +191,9 @@ def _saved(workdir: Workdir) -> dict[str, Any] | None:
     saved = workdir.read_json("config.json")
     if not (isinstance(saved, dict) and {"config", "data_fingerprint", "changes"} <= set(saved)):
         raise InputError(f"{workdir.path}/config.json is not the record of a run; give another --workdir.")
+    # Runs from before the rule of depth go on with the rates that they have.
+    layers = saved["config"]["model"]["layers"]
+    saved["config"]["optim"].setdefault("base_layers", max(BASE_LAYERS, layers))
     return saved
 
 

@@ -182,7 +182,7 @@ def test_learning_rates_by_path_the_first_match_counts():
 
 def test_grouped_rates_are_by_group_and_width():
     """Points keep the learning rate, linear maps of attention and tables have their own, wide kernels less."""
-    c = OptimConfig(rates="grouped", base_width=128)
+    c = OptimConfig(rates="grouped", base_width=128, base_layers=4)
     narrow, wide = (named(learning_rate_scales(c, params_of("aether"), sized(width))) for width in (128, 512))
     attention = dict(query=1.0, key=1.0, value=0.3, out=0.3)
     wanted = {f"blocks/attention/{k}/kernel": v for k, v in attention.items()}
@@ -193,7 +193,7 @@ def test_grouped_rates_are_by_group_and_width():
     kept |= {"blocks/attention/alpha": 4**1.5, "blocks/mlp/hidden/alpha": 4.0}  # as they themselves are
     assert wide == {k: v / 4 for k, v in wanted.items()} | kept
     assert named(learning_rate_scales(c, params_of("aether"), sized(16))) == narrow, "narrower ones were not measured"
-    own = OptimConfig(rates="grouped", lr_scale={"out": 10.0})
+    own = OptimConfig(rates="grouped", base_layers=4, lr_scale={"out": 10.0})
     assert (
         named(learning_rate_scales(own, params_of("aether"), sized(256)))["blocks/attention/out/kernel"] == 10 * 0.3 / 2
     )
@@ -202,7 +202,7 @@ def test_grouped_rates_are_by_group_and_width():
 
 def test_grouped_rates_of_blocks_fall_with_the_root_of_the_depth():
     """Those of kernels in deeper networks; table, head and what is no matrix keep theirs."""
-    c, params = OptimConfig(rates="grouped"), params_of("aether")
+    c, params = OptimConfig(rates="grouped", base_layers=4), params_of("aether")
     base, deep = (named(learning_rate_scales(c, params, sized(128, layers))) for layers in (4, 16))
     inside = {k for k in base if k.startswith("blocks/") and k.endswith("kernel")}
     assert len(inside) == 6
@@ -210,14 +210,19 @@ def test_grouped_rates_of_blocks_fall_with_the_root_of_the_depth():
     assert named(learning_rate_scales(c, params, sized(128, 2))) == base, "shallower ones were not measured"
     elsewhere = OptimConfig(rates="grouped", base_layers=16)
     assert named(learning_rate_scales(elsewhere, params, sized(128, 16))) == base
+    own = OptimConfig(rates="grouped", base_layers=4, lr_scale={"out": 10.0})
+    both = named(learning_rate_scales(own, params, sized(512, 16)))
+    assert both["blocks/attention/out/kernel"] == pytest.approx(10 * 0.3 / 4 / 2)
+    assert both["head/kernel"] == pytest.approx(1 / 4)
 
 
-def test_patches_keep_their_rate_in_wide_networks():
-    """They have as many inputs at every width; the head has more."""
-    c = ModelConfig(kind="aether_vit", width=512, heads=4, classes=10, patch=4).resolved(10, 8)
+def test_patches_keep_their_rate_in_wide_and_deep_networks():
+    """They have as many inputs at every width and are in no block; the head has more."""
+    c = ModelConfig(kind="aether_vit", width=512, heads=4, layers=16, classes=10, patch=4).resolved(10, 8)
     params = describe_model(network_config("aether_vit"))[1]
-    scales = named(learning_rate_scales(OptimConfig(rates="grouped"), params, c))
+    scales = named(learning_rate_scales(OptimConfig(rates="grouped", base_layers=4), params, c))
     assert (scales["patches/kernel"], scales["head/kernel"], scales["position/embedding"]) == (1.0, 1 / 4, 3.0)
+    assert scales["blocks/mlp/out/kernel"] == 1 / 8
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,19 @@ def test_a_changed_text_is_refused(finished, tmp_path, capsys):
     assert content(tmp_path / "run") == before
 
 
+def test_a_deep_run_from_before_the_rule_of_depth_keeps_its_rates(tmp_path):
+    file = write_config(tmp_path, tiny_text(tmp_path, 600))
+    words = ["model.layers=5", "train.eval_every=0"]
+    assert launch(file, tmp_path / "run", *words, "train.steps=1") == 0
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["config"]["optim"].pop("base_layers") == 4
+    (tmp_path / "run/config.json").write_text(json.dumps(record))
+    assert launch(file, tmp_path / "run", *words, "train.steps=2") == 0
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["config"]["optim"]["base_layers"] == 5
+    assert "optim.base_layers" not in [change["key"] for change in record["changes"]]
+
+
 @pytest.mark.parametrize("record", ["[]", "{}", '{"config": {}}'])
 def test_a_strange_config_json_is_refused(finished, tmp_path, capsys, record):
     (tmp_path / "config.json").write_text(record)
