@@ -36,6 +36,7 @@ __all__ = [
     "Pictures",
     "TrainConfig",
     "build",
+    "build_saved",
     "default_config",
     "differences",
     "dumps",
@@ -189,6 +190,13 @@ def build(values: Mapping[str, Any]) -> Config:
                 raise InputError(unknown_key(f"{name}.{key}", [f"{name}.{k}" for k in known]))
         made[name] = sections[name](**content)
     return Config(**made)
+
+
+def build_saved(values: Mapping[str, Any]) -> Config:
+    """Make the `Config` of a run's config.json; what it lacks, being from before a key came, is what it did then."""
+    layers = values.get("model", {}).get("layers", 0)
+    optim = {"base_layers": max(BASE_LAYERS, layers), **values.get("optim", {})}
+    return build({**values, "optim": optim})
 
 
 def unknown_key(key: str, known: list[str]) -> str:

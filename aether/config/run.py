@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aether.config.kinds import BASE_WIDTH
+from aether.config.kinds import BASE_LAYERS, BASE_WIDTH
 from aether.config.section import AUTO, Section, knob
 from aether.errors import InputError
 
@@ -22,7 +22,7 @@ class OptimConfig(Section, prefix="optim"):
         auto=True,
     )
     base_width: int = knob(BASE_WIDTH, "width of the residual stream at which the learning rate was found", low=1)
-    base_layers: int = knob(0, "blocks at which the learning rate was found (0: 4)", low=0, auto=True)
+    base_layers: int = knob(0, f"blocks at which the learning rate was found (0: {BASE_LAYERS})", low=0, auto=True)
     schedule: str = knob("cosine", "shape after warm-up", choices=("cosine", "wsd", "linear", "constant"))
     schedule_steps: int = knob(0, "steps of the whole schedule (0: train.steps)", low=0, auto=True)
     warmup_steps: int = knob(100, "steps of linear warm-up", low=0)

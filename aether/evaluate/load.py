@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from aether.checkpoint import Checkpoints
-from aether.config import Config, MeshConfig, build
+from aether.config import Config, MeshConfig, build_saved
 from aether.data.corpus import TOKENIZER
 from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer, restore_tokenizer
@@ -130,7 +130,7 @@ def _blend(mean: Any, one: Any, n: int) -> Any:
 def _config(folder: Workdir) -> Config:
     record = folder.read_json("config.json")
     try:
-        return build(record["config"])
+        return build_saved(record["config"])
     except (InputError, KeyError, TypeError) as e:
         raise InputError(f"{folder.path}/config.json is not the record of a run that this Aether can read: {e}") from e
 

@@ -117,8 +117,8 @@ def learning_rate_scales(c: OptimConfig, params: Any, model: ModelConfig) -> Any
         return {"attention/alpha": heads**1.5, "hidden/alpha": stream}.get("/".join(name(path).split("/")[-2:]), 1.0)
 
     def by_depth(path: tuple) -> float:
-        deeper = 0 < c.base_layers < model.layers and re.search(r"^blocks/.*kernel$", name(path))
-        return (c.base_layers / model.layers) ** 0.5 if deeper else 1.0
+        inside = name(path).startswith("blocks/") and name(path).endswith("kernel")
+        return (c.base_layers / model.layers) ** 0.5 if inside and 0 < c.base_layers < model.layers else 1.0
 
     def one(path: tuple, v: nnx.Variable) -> float:
         factor = first(c.lr_scale, path)

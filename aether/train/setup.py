@@ -17,8 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from aether import parallel
 from aether.checkpoint import Checkpoints
-from aether.config import CheckpointConfig, Config, build, differences
-from aether.config.kinds import BASE_LAYERS
+from aether.config import CheckpointConfig, Config, build_saved, differences
 from aether.data.corpus import TOKENIZER, Corpus, open_corpus
 from aether.data.images.load import Labels
 from aether.data.tokenizers import Tokenizer, restore_tokenizer
@@ -191,15 +190,12 @@ def _saved(workdir: Workdir) -> dict[str, Any] | None:
     saved = workdir.read_json("config.json")
     if not (isinstance(saved, dict) and {"config", "data_fingerprint", "changes"} <= set(saved)):
         raise InputError(f"{workdir.path}/config.json is not the record of a run; give another --workdir.")
-    # Runs from before the rule of depth go on with the rates that they have.
-    layers = saved["config"]["model"]["layers"]
-    saved["config"]["optim"].setdefault("base_layers", max(BASE_LAYERS, layers))
     return saved
 
 
 def _continued(config: Config, saved: dict[str, Any], path: str) -> Config:
     """Return the config with what it leaves open taken from the run that the workdir holds, which it has to fit."""
-    old = build(saved["config"])
+    old = build_saved(saved["config"])
     config = config.continued(old)
     for key, was, now, free in differences(old, config):
         if not free:
@@ -242,7 +238,7 @@ def _record(config: Config, corpus: Corpus, saved: dict[str, Any] | None) -> dic
     """Return what config.json holds; changes that a continued run may make are added to its list."""
     changes = list(saved["changes"]) if saved else []
     if saved:
-        made = differences(build(saved["config"]), config)
+        made = differences(build_saved(saved["config"]), config)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         changes += [{"time": now, "key": key, "from": was, "to": to} for key, was, to, _ in made]
     return {

@@ -19,6 +19,7 @@ from aether.checkpoint import Checkpoints
 from aether.config import CheckpointConfig, DataConfig, MeshConfig, build
 from aether.data.corpus import load_corpus
 from aether.data.prepared import shard_file
+from aether.evaluate.load import load_run
 from aether.evaluate.run import evaluate_run
 from aether.parallel import make_mesh
 from aether.testing import tiny_text
@@ -177,6 +178,7 @@ def test_a_deep_run_from_before_the_rule_of_depth_keeps_its_rates(tmp_path):
     record = json.loads((tmp_path / "run/config.json").read_text())
     assert record["config"]["optim"].pop("base_layers") == 4
     (tmp_path / "run/config.json").write_text(json.dumps(record))
+    assert load_run(str(tmp_path / "run")).config.optim.base_layers == 5, "which surgery writes down"
     assert launch(file, tmp_path / "run", *words, "train.steps=2") == 0
     record = json.loads((tmp_path / "run/config.json").read_text())
     assert record["config"]["optim"]["base_layers"] == 5
